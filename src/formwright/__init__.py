@@ -1,0 +1,3 @@
+"""Formwright: a workshop for Transformers."""
+
+__version__ = "0.1.0"
