@@ -93,6 +93,10 @@ class Provided:
     def attribute(self) -> str:
         return self.target.partition(":")[2]
 
+    def options(self) -> tuple[str, ...]:
+        """The keywords with a default, as the source writes them: "max_bias: float = 8.0"."""
+        return evidence.options(self.module, self.attribute)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -145,6 +149,44 @@ class Card:
         """What at least one of its parts can honour, in the order of CAPABILITIES."""
         declared = {capability for part in self.provides for capability in part.capabilities}
         return tuple(capability for capability in CAPABILITIES if capability in declared)
+
+    def summary(self) -> dict[str, Any]:
+        """The card in a line of `formwright list --json`."""
+        return {
+            "number": self.number,
+            "slug": self.slug,
+            "title": self.title,
+            "year": self.year,
+            "arxiv": self.arxiv,
+            "code": self.code,
+            "kinds": self.kinds,
+            "tags": self.tags,
+            "status": self.status,
+            "provides": [part.key for part in self.provides],
+            "capabilities": self.capabilities,
+            "verdicts": self.verdicts,
+            "room": self.room,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The summary, the parts, the claim and the evidence: `formwright show --json`."""
+        return {
+            **self.summary(),
+            "parts": [
+                {
+                    "slot": part.slot,
+                    "name": part.name,
+                    "target": part.target,
+                    "capabilities": part.capabilities,
+                    "time": part.time,
+                    "memory": part.memory,
+                    "options": part.options(),
+                }
+                for part in self.provides
+            ],
+            "claim": None if self.claim is None else {"text": self.claim.text, "paper": self.claim.paper},
+            "evidence": evidence.claims(self.slug),
+        }
 
 
 def read_card(path: Path) -> Card:

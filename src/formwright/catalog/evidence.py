@@ -26,14 +26,9 @@ def checkout() -> Path | None:
 
 def defined(module: str, attribute: str) -> bool:
     """Does the module's source define the attribute? Read as text: importing would bring torch."""
-    relative = Path(*module.split(".")[1:])
-    for path in (PACKAGE / relative.with_suffix(".py"), PACKAGE / relative / "__init__.py"):
-        if path.is_file():
-            return _defines(path, attribute)
-    return False
-
-
-def _defines(path: Path, attribute: str) -> bool:
+    path = _file(module)
+    if path is None:
+        return False
     source = path.read_text(encoding="utf-8")
     name = re.escape(attribute)
     if re.search(rf"^(?:class|def|async def) {name}\b|^{name}\s*(?::[^=\n]*)?=(?!=)", source, re.MULTILINE):
@@ -44,6 +39,34 @@ def _defines(path: Path, attribute: str) -> bool:
         isinstance(node, ast.ImportFrom) and any((item.asname or item.name) == attribute for item in node.names)
         for node in ast.parse(source).body
     )
+
+
+def options(module: str, attribute: str) -> tuple[str, ...]:
+    """The keyword-only arguments with a default, of a function or of a class's __init__ (its own or its base's)."""
+    path = _file(module)
+    if path is None:
+        return ()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    node = found.get(attribute)
+    while isinstance(node, ast.ClassDef):
+        methods = {method.name: method for method in node.body if isinstance(method, ast.FunctionDef)}
+        bases = [found[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in found]
+        node = methods.get("__init__") or (bases[0] if bases else None)
+    if node is None:
+        return ()
+    keywords = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return tuple(
+        f"{ast.unparse(argument)} = {ast.unparse(default)}" for argument, default in keywords if default is not None
+    )
+
+
+def _file(module: str) -> Path | None:
+    relative = PACKAGE.joinpath(*module.split(".")[1:])
+    for path in (relative.with_suffix(".py"), relative / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
 
 
 def reference_tested(slug: str) -> bool:

@@ -1,0 +1,5 @@
+"""`python -m formwright`, the same as `formwright`."""
+
+from formwright.cli import main
+
+main()
