@@ -1,0 +1,1 @@
+"""Whole systems built from parts, each an ordinary Hugging Face model."""

@@ -1,0 +1,171 @@
+"""What a model of ours keeps between decoding steps, as layers of a transformers Cache.
+
+`KeyValues` holds keys and values in buffers that double when full, so that a step copies one token instead of the whole past; `State` holds
+the tuple of a recurrent mixer. `new_cache(mixers)` makes one layer a mixer by its `cache_kind`.
+"""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from formwright.contracts import Mixer, UnsupportedContext
+
+SMALLEST = 64  # tokens of the first buffer
+
+
+class KeyValues(CacheLayerMixin):
+    """Keys and values (b, h, tokens, d), appended in place.
+
+    Args:
+        capacity: tokens to make room for at once; more are taken when needed.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int = SMALLEST) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start, end = self.length, self.length + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(self._room(key_states, end), self._room(value_states, end))
+        elif end > self.keys.shape[-2]:
+            self.keys = self._moved(self.keys, 2 * end)
+            self.values = self._moved(self.values, 2 * end)
+        self.keys[..., start:end, :] = key_states
+        self.values[..., start:end, :] = value_states
+        self.length = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def _room(self, like: Tensor, tokens: int) -> Tensor:
+        return like.new_empty(*like.shape[:-2], max(tokens, self.capacity), like.shape[-1])
+
+    def _moved(self, buffer: Tensor, tokens: int) -> Tensor:
+        larger = buffer.new_empty(*buffer.shape[:-2], tokens, buffer.shape[-1])
+        larger[..., : self.length, :] = buffer[..., : self.length, :]
+        return larger
+
+    def stored(self) -> tuple[Tensor, Tensor] | None:
+        return (self.keys[..., : self.length, :], self.values[..., : self.length, :]) if self.length else None
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values = move(self.keys), move(self.values)
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.length, self.is_initialized = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; `tokens_to_remove` is negative, as transformers passes it."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}.")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda t: t[indices])
+
+
+class State(CacheLayerMixin):
+    """The state of a recurrent mixer: a tuple of tensors, batch first, of a size that does not grow."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: tuple[Tensor, ...] | None = None
+        self.length = 0
+
+    def write(self, *state: Tensor, tokens: int) -> None:
+        self.state, self.length, self.is_initialized = state, self.length + tokens, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise TypeError("A recurrent layer keeps a state, not keys and values.")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        raise TypeError("A recurrent layer keeps a state, not keys and values.")
+
+    def stored(self) -> None:
+        return None
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = tuple(move(part) for part in self.state)
+
+    def offload(self) -> None:
+        self._each(lambda t: t.cpu())
+
+    def prefetch(self) -> None:
+        """The state is small and moves with its first use."""
+
+    def reset(self) -> None:
+        self.state, self.length, self.is_initialized = None, 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise UnsupportedContext(
+                "A recurrent state cannot be rolled back; generate without assisted decoding, or choose a mixer that keeps keys."
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda t: t[indices])
+
+
+def new_cache(mixers: Iterable[Mixer], *, capacity: int = SMALLEST) -> Cache:
+    """An empty cache with one layer for every mixer.
+
+    Raises:
+        UnsupportedContext: a mixer keeps nothing and so cannot decode step by step.
+    """
+    kinds = {"keys": lambda: KeyValues(capacity), "state": State}
+    layers = []
+    for mixer in mixers:
+        if mixer.cache_kind not in kinds:
+            raise UnsupportedContext(
+                f"{type(mixer).__name__} has no cache to decode with; pass use_cache=False, which recomputes the past at every step."
+            )
+        layers.append(kinds[mixer.cache_kind]())
+    return Cache(layers=layers)

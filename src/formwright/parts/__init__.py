@@ -1,0 +1,1 @@
+"""Modules that fill one slot of a block."""

@@ -1,0 +1,1 @@
+"""Attention functions: q, k, v -> mixed values."""

@@ -1,0 +1,1 @@
+"""How mixer and feed-forward are wired."""

@@ -1,0 +1,1 @@
+"""From ids, pixels or series to tokens."""

@@ -1,0 +1,1 @@
+"""Normalisations, and initialisation schemes."""

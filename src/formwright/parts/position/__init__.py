@@ -1,0 +1,38 @@
+"""Where a token stands: added to it (`embed`), turned into q and k (`rotate`), or put on the scores (`bias`, `scale`)."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from formwright.contracts import Context, Toeplitz, refuse
+
+__all__ = ["by_distance", "refuse_all_but_one_sequence"]
+
+
+def refuse_all_but_one_sequence(part: str, context: Context) -> None:
+    """For positions that only know i - j, the distance between two places of one sequence.
+
+    Raises:
+        UnsupportedContext: cross-attention or a grid.
+    """
+    if context.memory is None and context.grid is None:
+        return
+    raise refuse(
+        part,
+        asked="cross-attention" if context.memory is not None else f"a grid of {context.grid}",
+        because="it knows the distance between two places of one sequence and no other",
+        instead="Choose a position whose card lists it: formwright list --kind position.",
+    )
+
+
+def by_distance(
+    context: Context, values: Callable[[Int[Tensor, "..."]], Float[Tensor, "h ..."]]
+) -> Toeplitz | Float[Tensor, "b h {context.queries} {context.keys}"]:
+    """A bias made of i - j: one number a diagonal, O(q + k), unless `context.positions` sets the distances."""
+    if context.positions is None:
+        lags = torch.arange(1 - context.queries, context.keys, device=context.device)
+        return Toeplitz(values(lags), context.keys)
+    lags = context.query_positions()[:, :, None] - context.positions[:, None, :]
+    return values(lags).movedim(0, 1)
