@@ -90,7 +90,7 @@ def test_show_wraps_at_the_terminal_and_not_in_a_pipe(columns):
 
 def in_terminal(columns, *words):
     master, slave = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "dumb"}
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm", "NO_COLOR": "1"}
     with subprocess.Popen([sys.executable, "-m", "formwright", *words], stdout=slave, env=environment) as process:
         os.close(slave)
         output = b""
@@ -102,7 +102,7 @@ def in_terminal(columns, *words):
         finally:
             os.close(master)
     assert process.returncode == 0
-    return output.decode().replace("\r\n", "\n")
+    return re.sub(r"\x1b\[[0-9;]*m", "", output.decode()).replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("name", ["roformer", "28", "028", "rope", "position/rope", "RoPE"])

@@ -223,7 +223,7 @@ def read_card(path: Path) -> Card:
             raise fault(f'{key} needs target = "formwright.module:Attribute", got {entry.get("target")!r}')
         _each(entry.get("capabilities", []), CAPABILITIES, fault, f"{key}: capability")
         slot, _, name = key.partition("/")
-        provides.append(Provided(slot=slot, name=name, slug=table["slug"], **_frozen(entry)))
+        provides.append(Provided(slot=slot, name=name, slug=table["slug"], **_frozen(_exponents(entry))))
 
     claim = table.pop("claim", None)
     if claim is not None:
@@ -286,6 +286,10 @@ def _each(values: list[str], choices: tuple[str, ...], fault: Callable[[str], Fo
 
 def _frozen(table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+
+
+def _exponents(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if name in ("time", "memory") else value for name, value in entry.items()}
 
 
 def nearest(name: str, choices: Mapping[str, Any] | tuple[str, ...] | list[str]) -> list[str]:
