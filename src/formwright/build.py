@@ -1,8 +1,8 @@
 """From a name and options to a part: `build("position", "alibi(max_bias=4)", heads=8)`.
 
-A spec is a name, a name with options in brackets, or {"name": ..., option: value}. What the model knows (its dimensions: dim, heads,
-kv_heads, head_dim, hidden, length, layers, layer, causal, grid ...) is handed to the constructors that ask for it; the rest of their
-keywords are the user's options, checked against the types in the signature.
+A spec is a name, a name with options in brackets, or {"name": ..., option: value}. What the model knows (its
+dimensions: dim, heads, kv_heads, head_dim, hidden, length, layers, layer, causal, grid ...) is handed to the
+constructors that ask for it; the rest of their keywords are the user's options, checked against the signature's types.
 """
 
 import ast

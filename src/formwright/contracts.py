@@ -7,8 +7,8 @@ Slots    position     any of embed(x, context), rotate(q, k, context), bias(cont
          norm         x -> x
          block        (x, context, cross) -> x, how mixer and feed-forward are wired
 
-Rule     What a part is handed it honours, or it raises `UnsupportedContext` before any work. A padding mask ignored in silence is the
-         commonest bug of the field.
+Rule     What a part is handed it honours, or it raises `UnsupportedContext` before any work. A padding mask ignored in
+         silence is the commonest bug of the field.
 
 Axes     b batch, n or q tokens in x, k keys attended to (cached ones included), m tokens of a memory, d width, h heads.
 """
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from formwright.errors import FormwrightError
 
 Hook = Literal["embed", "rotate", "bias", "scale"]
+CPU = torch.device("cpu")
 SCORE_HOOKS: frozenset[Hook] = frozenset({"rotate", "bias", "scale"})
 
 
@@ -32,7 +33,9 @@ class UnsupportedContext(FormwrightError):
 
 
 class Toeplitz(NamedTuple):
-    """A bias set by i - j alone: one number a diagonal, i - j from 1 - q to k - 1. The queries are the last of the keys."""
+    """A bias set by i - j alone: one number a diagonal, i - j from 1 - q to k - 1. The queries are the last of the
+    keys.
+    """
 
     diagonals: Float[Tensor, "h lags"]
     keys: int
@@ -57,7 +60,7 @@ class Mask:
     keys: int
     causal: bool = False
     padding: Bool[Tensor, "b k"] | None = None  # True = a real key
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def hides_nothing(self) -> bool:
@@ -116,7 +119,7 @@ class Context:
     carry: dict[str, Any] = field(default_factory=dict)  # what one layer hands to a later one
     losses: dict[str, Tensor] = field(default_factory=dict)  # extra training losses, already weighted, summed by name
     attentions: list[Tensor] | None = None  # a list asks every mixer for its weights (b, h, q, k)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def mask(self) -> Mask:
@@ -164,7 +167,9 @@ def hooks(position: nn.Module | None) -> frozenset[Hook]:
 
 
 def scope(position: nn.Module) -> Literal["model", "layer"]:
-    """Whether one position serves all layers ("model", the default) or each layer has its own ("layer": class attribute `scope`)."""
+    """Whether one position serves all layers ("model", the default) or each layer has its own ("layer": class attribute
+    `scope`).
+    """
     return getattr(position, "scope", "model")
 
 
@@ -209,7 +214,8 @@ class Mixer(Protocol):
 
 @runtime_checkable
 class FeedForward(Protocol):
-    """Every token alone: (b, n, d) -> (b, n, d). Extra losses go through `context.add_loss`; no context, no extra losses.
+    """Every token alone: (b, n, d) -> (b, n, d). Extra losses go through `context.add_loss`; no context, no extra
+    losses.
 
     `inner` (with `inner_width`), where it exists, runs on what the last matrix reads.
     """
@@ -219,7 +225,8 @@ class FeedForward(Protocol):
 
 @runtime_checkable
 class Block(Protocol):
-    """One layer: how mixer, cross-attention and feed-forward are wired. Built with (dim, mixer, feedforward, cross, norm, dropout).
+    """One layer: how mixer, cross-attention and feed-forward are wired. Built with (dim, mixer, feedforward, cross,
+    norm, dropout).
 
     `final_norm` says whether a stack of such blocks ends with a norm of its own.
     """

@@ -1,7 +1,7 @@
 """What a model of ours keeps between decoding steps, as layers of a transformers Cache.
 
-`KeyValues` holds keys and values in buffers that double when full, so that a step copies one token instead of the whole past; `State` holds
-the tuple of a recurrent mixer. `new_cache(mixers)` makes one layer a mixer by its `cache_kind`.
+`KeyValues` holds keys and values in buffers that double when full, so that a step copies one token instead of the whole
+past; `State` holds the tuple of a recurrent mixer. `new_cache(mixers)` makes one layer a mixer by its `cache_kind`.
 """
 
 from collections.abc import Callable, Iterable
@@ -105,12 +105,10 @@ class State(CacheLayerMixin):
     def write(self, *state: Tensor, tokens: int) -> None:
         self.state, self.length, self.is_initialized = state, self.length + tokens, True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, *_keys_and_values: Tensor) -> None:
         raise TypeError("A recurrent layer keeps a state, not keys and values.")
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, *_keys_and_values: Tensor, **_kwargs: object) -> tuple[Tensor, Tensor]:
         raise TypeError("A recurrent layer keeps a state, not keys and values.")
 
     def stored(self) -> None:
@@ -141,7 +139,8 @@ class State(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise UnsupportedContext(
-                "A recurrent state cannot be rolled back; generate without assisted decoding, or choose a mixer that keeps keys."
+                "A recurrent state cannot be rolled back; generate without assisted decoding, or choose a mixer that "
+                "keeps keys."
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -165,7 +164,8 @@ def new_cache(mixers: Iterable[Mixer], *, capacity: int = SMALLEST) -> Cache:
     for mixer in mixers:
         if mixer.cache_kind not in kinds:
             raise UnsupportedContext(
-                f"{type(mixer).__name__} has no cache to decode with; pass use_cache=False, which recomputes the past at every step."
+                f"{type(mixer).__name__} has no cache to decode with; pass use_cache=False, which recomputes the past "
+                "at every step."
             )
         layers.append(kinds[mixer.cache_kind]())
     return Cache(layers=layers)

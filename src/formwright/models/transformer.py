@@ -1,9 +1,10 @@
 """The configurable Transformer: encoder, decoder or encoder-decoder, from parts named in a config.
 
-A config names a part for every slot; a list repeats over the layers, so `mixer=["mamba", "mamba", "softmax"]` is two Mamba layers to one of
-attention. Every model here is an ordinary Hugging Face model: Auto classes, generate, Trainer, pipelines, safetensors.
+A config names a part for every slot; a list repeats over the layers, so `mixer=["mamba", "mamba", "softmax"]` is two
+Mamba layers to one of attention. Every model here is an ordinary Hugging Face model: Auto classes, generate, Trainer,
+pipelines, safetensors.
 
-    ids or pixels -> tokens (+ type) (+ position.embed) (norm) -> blocks (mixer, cross-attention, feed-forward) -> (norm) -> head
+    ids or pixels -> tokens (+ type, + position) (norm) -> blocks of mixer, cross-attention, feed-forward (norm) -> head
 """
 
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class TransformerConfig(PreTrainedConfig):
         head_dim: width of a head; none = hidden_size / num_attention_heads.
         intermediate_size: hidden width of the feed-forward layer; none = 4 x hidden_size, 8/3 x with a gate.
         max_position_embeddings: longest sequence, for parts that need one.
-        mixer, position, feedforward, norm, block: specs, or lists of specs repeated over the layers ("none" leaves a slot empty).
+        mixer, position, feedforward, norm, block: specs, or lists of specs repeated over the layers ("none" leaves a
+        slot empty).
         cross_mixer: the mixer that reads the encoder's output.
         init: initialisation scheme.
         image_size, patch_size, num_channels: images instead of ids when image_size > 0.
@@ -152,7 +154,9 @@ class TransformerOutput(ModelOutput):
 
 @dataclass
 class TransformerHeadOutput(ModelOutput):
-    """What a model with a head gives. `loss` includes the parts' extra losses in training and is the task's alone in evaluation."""
+    """What a model with a head gives. `loss` includes the parts' extra losses in training and is the task's alone in
+    evaluation.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -291,7 +295,8 @@ def _own_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module
     """The position of one layer.
 
     Raises:
-        UnsupportedContext: a list of positions holds one that is added to the tokens, which happens once and not in a layer.
+        UnsupportedContext: a list of positions holds one that is added to the tokens, which happens once and not in
+            a layer.
     """
     spec = config.layer_spec("position", known["layer"])
     if parse_spec(spec)["name"] == "none":
@@ -550,7 +555,7 @@ def _output(x: Tensor, context: Context, hidden_states: list[Tensor] | None) -> 
 
 
 def _padding(attention_mask: Tensor | None, keys: int) -> Bool[Tensor, "b k"] | None:
-    """The mask as True = real, none when it hides nothing (asked only outside tracing, where the answer is a number)."""
+    """The mask as True = real; none when it hides nothing, which only untraced code can ask."""
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] != keys:
@@ -580,7 +585,8 @@ def _positions(
     if position_ids is not None:
         if position_ids.shape[-1] != keys - past:
             raise FormwrightError(
-                f"position_ids must have one entry for each of the {keys - past} tokens, got {tuple(position_ids.shape)}."
+                f"position_ids must have one entry for each of the {keys - past} tokens, "
+                f"got {tuple(position_ids.shape)}."
             )
         rows = max(len(position_ids), len(every))
         every = torch.cat([every[:, :past].expand(rows, -1), position_ids.expand(rows, -1)], dim=1)
@@ -632,8 +638,8 @@ class _Generates(GenerationMixin):
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
+        _generation_mode: Any,
+        _batch_size: int,
         max_cache_length: int,
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -710,7 +716,9 @@ class TransformerForCausalLM(_Head, _Generates, GenerationMixin):
 
 
 class TransformerForConditionalGeneration(_Head, _Generates, GenerationMixin):
-    """Sequence to sequence: logits (b, t, vocab); decoder inputs are the labels moved one place to the right unless given."""
+    """Sequence to sequence: logits (b, t, vocab); decoder inputs are the labels moved one place to the right unless
+    given.
+    """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.tokens.weight"}
 
@@ -730,7 +738,8 @@ class TransformerForConditionalGeneration(_Head, _Generates, GenerationMixin):
         """The labels one place to the right, behind the start token; ignored labels become the padding id.
 
         Raises:
-            FormwrightError: the config names no decoder_start_token_id, or labels are ignored and it names no pad_token_id.
+            FormwrightError: the config names no decoder_start_token_id, or labels are ignored and it names no
+                pad_token_id.
         """
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None:
@@ -912,7 +921,9 @@ def pool(x: Float[Tensor, "b n d"], mask: Tensor | None, how: str) -> Float[Tens
 
 
 class TransformerForSequenceClassification(_Classifies):
-    """A class, several classes or numbers for a sequence: logits (b, labels), by `problem_type` as everywhere in transformers."""
+    """A class, several classes or numbers for a sequence: logits (b, labels), by `problem_type` as everywhere in
+    transformers.
+    """
 
     @can_return_tuple
     def forward(

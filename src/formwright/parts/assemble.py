@@ -47,7 +47,9 @@ def mixer(spec: Spec, *, position: nn.Module | None = None, qkv_bias: bool = Tru
 
 
 def feedforward(spec: Spec, *, dim: int, hidden: int | None, **dimensions: Any) -> nn.Module | None:
-    """A feed-forward layer; "none" is no layer. Without a hidden width it gets 4 d, or 8/3 d (in steps of 8) with a gate."""
+    """A feed-forward layer; "none" is no layer. Without a hidden width it gets 4 d, or 8/3 d (in steps of 8) with a
+    gate.
+    """
     name = parse_spec(spec)["name"]
     if name == "none":
         return None

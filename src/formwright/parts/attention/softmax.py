@@ -1,7 +1,7 @@
 """Softmax attention, the baseline every other mixer is measured against.
 
-Paper    Vaswani et al.: Attention Is All You Need (2017), arXiv:1706.03762, section 3.2. Fewer key than query heads: Shazeer (MQA),
-         arXiv:1911.02150; Ainslie et al. (GQA), arXiv:2305.13245.
+Paper    Vaswani et al.: Attention Is All You Need (2017), arXiv:1706.03762, section 3.2. Fewer key than query heads:
+         Shazeer (MQA), arXiv:1911.02150; Ainslie et al. (GQA), arXiv:2305.13245.
 Idea     Every query takes a weighted mean of the values, the weights being a softmax of its products with the keys.
 
              out = (softmax(q k^T * scaling + bias) * scale) v        scaling = 1 / sqrt(d)

@@ -1,6 +1,7 @@
 """The pre-norm block.
 
-Paper    Xiong et al.: On Layer Normalization in the Transformer Architecture (ICML 2020), arXiv:2002.04745; first in GPT-2.
+Paper    Xiong et al.: On Layer Normalization in the Transformer Architecture (ICML 2020), arXiv:2002.04745; first in
+         GPT-2.
 Idea     Every sub-layer reads a normalised copy of the residual stream, which itself is never normalised until the end.
 
              x <- x + mixer(norm(x))      x <- x + cross(norm(x))      x <- x + feedforward(norm(x))

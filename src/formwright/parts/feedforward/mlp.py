@@ -1,7 +1,7 @@
 """The two-matrix feed-forward layer with ReLU or GELU.
 
-Paper    Vaswani et al.: Attention Is All You Need (2017), arXiv:1706.03762, section 3.3 (ReLU); Hendrycks, Gimpel: Gaussian Error Linear
-         Units (2016), arXiv:1606.08415 (GELU and its tanh approximation, which GPT-2 uses).
+Paper    Vaswani et al.: Attention Is All You Need (2017), arXiv:1706.03762, section 3.3 (ReLU); Hendrycks, Gimpel:
+         Gaussian Error Linear Units (2016), arXiv:1606.08415 (GELU and its tanh approximation, which GPT-2 uses).
 Idea     Every token passes alone through a wider hidden layer.
 
              y = act(x W_1 + b_1) W_2 + b_2

@@ -5,8 +5,8 @@ Idea     The width is split into heads that attend each in its own way.
 
              q, k, v = x W_q, x W_k, x W_v        out = concat_h(attention_h(q, k, v)) W_o
 
-Differs  One matrix holds W_q, W_k and W_v side by side (same function). What the heads give may pass through `inner` before W_o, where
-         sub-LN puts its norm.
+Differs  One matrix holds W_q, W_k and W_v side by side (same function). What the heads give may pass through `inner`
+         before W_o, where sub-LN puts its norm.
 """
 
 from typing import ClassVar, Literal
@@ -108,6 +108,7 @@ class MultiHeadAttention(nn.Module):
     def _weights(self, q: Tensor, k: Tensor, context: Context, arguments: dict[str, Structured]) -> Tensor:
         if not hasattr(self.attention, "weights"):
             raise UnsupportedContext(
-                f"{type(self.attention).__name__} has no attention weights to show; choose an attention that has, such as softmax."
+                f"{type(self.attention).__name__} has no attention weights to show; choose an attention that has, "
+                "such as softmax."
             )
         return self.attention.weights(q, k, mask=context.mask, **arguments)

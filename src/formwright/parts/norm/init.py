@@ -1,17 +1,23 @@
 """Initialisation schemes: what a model's matrices start as.
 
-A scheme is called with every plain torch layer of a model. Parts mark their matrices by `role` ("query-key-value" with `splits`, "out", "up",
-"down") and the model marks each with its `stack` ("encoder", "decoder", "cross"). Parts with a `reset_parameters` of their own set themselves.
+A scheme is called with every plain torch layer of a model. Parts mark their matrices by `role`: "query-key-value" (with
+`splits`), "out", "up", "down"; the model marks each with its `stack`: "encoder", "decoder", "cross". Parts with a
+`reset_parameters` of their own set themselves.
 
-normal   N(0, std^2); what writes to the residual stream is divided by sqrt(2 layers). GPT-2 (Radford et al. 2019), section 2.3.
-fan-in   N(0, 1 / fan_in), the same division; embeddings N(0, 1 / d). LeCun et al. 1998, Efficient BackProp, section 4.6.
-xavier   U(+-gain sqrt(6 / (fan_in + fan_out))), gain 1 / sqrt(2) for queries, keys and values. Glorot, Bengio 2010.
-magneto  xavier, then values, output and both feed-forward matrices times a gain derived for sub-LN. Wang et al. 2022, arXiv:2210.06423.
+normal   N(0, std^2); what writes to the residual stream is divided by sqrt(2 layers).
+         GPT-2 (Radford et al. 2019), section 2.3.
+fan-in   N(0, 1 / fan_in), the same division; embeddings N(0, 1 / d).
+         LeCun et al.: Efficient BackProp (1998), section 4.6.
+xavier   U(+-gain sqrt(6 / (fan_in + fan_out))), gain 1 / sqrt(2) for queries, keys and values.
+         Glorot, Bengio (2010).
+magneto  xavier, then values, outputs and both feed-forward matrices times a gain derived for sub-LN.
+         Wang et al.: Foundation Transformers (2022), arXiv:2210.06423.
 
              encoder of N layers   sqrt(ln 2N)           in an encoder-decoder   sqrt(ln 3M * ln 2N / 3)
              decoder of M layers   sqrt(ln 2M)           in an encoder-decoder   sqrt(ln 3M)
 
-Differs  Biases start at 0 everywhere. Magneto leaves cross-attention at gain 1, as the released code does; the paper's figure shows it there.
+Differs  Biases start at 0 everywhere. Magneto leaves cross-attention at gain 1, as the released code does; the paper's
+         figure shows it there.
 """
 
 import math
@@ -31,7 +37,9 @@ class Scheme(Protocol):
 
 
 def is_loaded(tensor: Tensor) -> bool:
-    """Whether Hugging Face has just read this weight from a file. Its guard does not see views, so in-place work on slices asks first."""
+    """Whether Hugging Face has just read this weight from a file. Its guard does not see views, so in-place work on
+    slices asks first.
+    """
     return getattr(tensor, "_is_hf_initialized", False)
 
 
@@ -45,7 +53,9 @@ def slices(layer: nn.Linear) -> Iterator[tuple[str, Tensor]]:
 
 
 def common(layer: nn.Module, *, embedding_std: float) -> bool:
-    """Biases to 0, norms to 1, embeddings to N(0, std^2) with a zero row for the padding id. True when a matrix is left to set."""
+    """Biases to 0, norms to 1, embeddings to N(0, std^2) with a zero row for the padding id. True when a matrix is left
+    to set.
+    """
     if isinstance(layer, nn.Embedding):
         if not is_loaded(layer.weight):
             init.normal_(layer.weight, std=embedding_std)
