@@ -1,4 +1,4 @@
-"""Where a token stands: added to it (`embed`), turned into q and k (`rotate`), or put on the scores (`bias`, `scale`)."""
+"""Where a token stands: added to it (`embed`), turned into q, k (`rotate`) or put on the scores (`bias`, `scale`)."""
 
 from collections.abc import Callable
 
