@@ -26,24 +26,24 @@ def checkout() -> Path | None:
 
 def defined(module: str, attribute: str) -> bool:
     """Does the module's source define the attribute? Read as text: importing would bring torch."""
-    path = _file(module)
+    path = source(module)
     if path is None:
         return False
-    source = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     name = re.escape(attribute)
-    if re.search(rf"^(?:class|def|async def) {name}\b|^{name}\s*(?::[^=\n]*)?=(?!=)", source, re.MULTILINE):
+    if re.search(rf"^(?:class|def|async def) {name}\b|^{name}\s*(?::[^=\n]*)?=(?!=)", text, re.MULTILINE):
         return True
-    if not re.search(rf"\b{name}\b", source):
+    if not re.search(rf"\b{name}\b", text):
         return False
     return any(
         isinstance(node, ast.ImportFrom) and any((item.asname or item.name) == attribute for item in node.names)
-        for node in ast.parse(source).body
+        for node in ast.parse(text).body
     )
 
 
 def options(module: str, attribute: str) -> tuple[str, ...]:
     """The keyword-only arguments with a default, of a function or of a class's __init__ (its own or its base's)."""
-    path = _file(module)
+    path = source(module)
     if path is None:
         return ()
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def options(module: str, attribute: str) -> tuple[str, ...]:
     )
 
 
-def _file(module: str) -> Path | None:
+def source(module: str) -> Path | None:
     relative = PACKAGE.joinpath(*module.split(".")[1:])
     for path in (relative.with_suffix(".py"), relative / "__init__.py"):
         if path.is_file():
