@@ -1,0 +1,1 @@
+"""Pure functions without parameters, where time is spent: a plain `*_reference` beside each fast one."""

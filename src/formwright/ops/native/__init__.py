@@ -1,0 +1,41 @@
+"""C++ kernels for loops that are no sequence of tensor operations, compiled on installation if there is a compiler.
+
+Without them every operation has a PyTorch path with the same result. `FORMWRIGHT_NATIVE=0`, set before the start,
+switches them off.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+# Our kernels share torch's OpenMP threads: the name of its runtime is resolved to the copy that torch has loaded.
+import torch  # noqa: F401
+
+SUFFIXES = {".so", ".pyd", ".dylib"}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, and in words what was found."""
+    if os.environ.get("FORMWRIGHT_NATIVE") == "0":
+        return None, "switched off by FORMWRIGHT_NATIVE=0"
+    files = sorted(path for path in Path(__file__).parent.glob("_kernels*") if path.suffix in SUFFIXES)
+    if not files:
+        return None, "not built: reinstall formwright where a C++17 compiler is found"
+    try:
+        found = ctypes.CDLL(str(files[0]))
+        found.formwright_instruction_set.restype = ctypes.c_char_p
+        return found, f"in use, {found.formwright_instruction_set().decode()}"
+    except (OSError, AttributeError) as wrong:
+        return None, f"not usable, reinstall formwright: {wrong}"
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or none."""
+    return _load()[0]
+
+
+def describe() -> str:
+    """Whether the kernels are in use, with which instruction set, or why not."""
+    return _load()[1]
