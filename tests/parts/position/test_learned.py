@@ -56,3 +56,10 @@ def test_a_padded_row_may_be_longer_than_the_table():
 def test_impossible_options_are_named(options):
     with pytest.raises(FormwrightError, match="need dim >= 1, length >= 1 and std >= 0"):
         Learned(**options)
+
+
+def test_with_a_memory_the_tokens_count_for_themselves():
+    part, x = Learned(dim=4, length=9), torch.zeros(1, 5, 4)
+    memory = torch.zeros(1, 3, 4)
+    out = part.embed(x, Context(queries=5, keys=3, memory=memory, positions=torch.tensor([[0, 0, 1]])))
+    assert torch.equal(out[0], part.weight[:5])

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from formwright.contracts import Context, Toeplitz, refuse
 
-__all__ = ["by_distance", "refuse_all_but_one_sequence"]
+__all__ = ["by_distance", "places", "refuse_all_but_one_sequence"]
+
+
+def places(context: Context) -> Int[Tensor, "b {context.queries}"]:
+    """Where the tokens stand that a position is added to. With a memory the context counts the memory's, not theirs."""
+    if context.memory is not None:
+        return torch.arange(context.queries, device=context.device)[None]
+    return context.query_positions()
 
 
 def refuse_all_but_one_sequence(part: str, context: Context) -> None:

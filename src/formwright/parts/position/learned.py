@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import Context
 from formwright.errors import FormwrightError
+from formwright.parts.position import places
 
 
 class Learned(nn.Module):
@@ -48,13 +49,13 @@ class Learned(nn.Module):
             FormwrightError: a place outside the table.
         """
         length = self.weight.shape[0]
-        if context.positions is None:
+        if context.positions is None and context.memory is None:
             self._refuse_beyond(context.keys, length)
             return x + self.weight[context.past : context.keys].to(x.dtype)
-        places = context.query_positions()
+        rows = places(context)
         if not torch.compiler.is_compiling():  # a trace cannot read values; there the lookup checks
-            self._refuse_beyond(int(places.max()) + 1, length)
-        return x + F.embedding(places, self.weight).to(x.dtype)
+            self._refuse_beyond(int(rows.max()) + 1, length)
+        return x + F.embedding(rows, self.weight).to(x.dtype)
 
     @staticmethod
     def _refuse_beyond(needed: int, length: int) -> None:

@@ -56,8 +56,8 @@ class RoPE(nn.Module):
         self.base, self.layout, self.rotary_dim = base, layout, turned
 
     def rotate(
-        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g q d"], context: Context
-    ) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b g q d"]]:
+        self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], context: Context
+    ) -> tuple[Float[Tensor, "b h q d"], Float[Tensor, "b g k d"]]:
         """q and k of the new tokens, turned; the keys before they are cached.
 
         Raises:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from formwright.contracts import Context, refuse
 from formwright.errors import FormwrightError
+from formwright.parts.position import places
 
 
 def sinusoids(
-    places: Int[Tensor, "b n"], dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Int[Tensor, "b n"], dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "b n {dim}"]:
-    """sin and cos of every place, channel by channel; an odd width ends with a sine."""
-    rates = torch.tensor([base ** (-i / dim) for i in range(0, dim, 2)], dtype=dtype, device=places.device)
-    angles = places.to(dtype)[..., None] * rates
+    """sin and cos at every position, channel by channel; an odd width ends with a sine."""
+    rates = torch.tensor([base ** (-i / dim) for i in range(0, dim, 2)], dtype=dtype, device=positions.device)
+    angles = positions.to(dtype)[..., None] * rates
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., :dim]
 
 
@@ -68,17 +69,16 @@ class Sinusoidal(nn.Module):
             UnsupportedContext: axes="grid" without a grid, or with more tokens than it holds.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        places = context.query_positions()
-        coordinates, widths = [places], [self.dim]
+        coordinates, widths = [places(context)], [self.dim]
         if self.axes == "grid":
-            coordinates, widths = self._along_axes(places, context)
+            coordinates, widths = self._along_axes(*coordinates, context)
         waves = [
             sinusoids(coordinate, width, base=self.base, dtype=dtype)
             for coordinate, width in zip(coordinates, widths, strict=True)
         ]
         return x + (self.amplitude * torch.cat(waves, -1)).to(x.dtype)
 
-    def _along_axes(self, places: Tensor, context: Context) -> tuple[list[Tensor], list[int]]:
+    def _along_axes(self, tokens: Tensor, context: Context) -> tuple[list[Tensor], list[int]]:
         """A coordinate and a width for every axis of the grid; the first axes take what does not divide."""
         grid = context.grid
         if grid is None or context.keys > math.prod(grid) or self.dim < len(grid):
@@ -90,6 +90,6 @@ class Sinusoidal(nn.Module):
                 instead='Take axes="sequence", which counts the tokens row by row.',
             )
         strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
-        coordinates = [places // stride % size for stride, size in zip(strides, grid, strict=True)]
+        coordinates = [tokens // stride % size for stride, size in zip(strides, grid, strict=True)]
         share, rest = divmod(self.dim, len(grid))
         return coordinates, [share + (axis < rest) for axis in range(len(grid))]
