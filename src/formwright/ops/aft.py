@@ -364,7 +364,7 @@ def _near(k: Tensor, v: Tensor, w: Tensor, top: Tensor) -> tuple[Tensor, Tensor]
     """The convolution with e^w - 1, blocks of s queries against 2 s keys."""
     tokens, s = k.shape[-1], w.shape[-1]
     short = -tokens % s
-    top = functional.pad(top, (0, short)).unflatten(-1, (-1, s))
+    top = functional.pad(top, (0, short), value=torch.inf).unflatten(-1, (-1, s))
     keys = functional.pad(k, (s, short), value=-torch.inf).unfold(-1, 2 * s, s)  # (b, h, blocks, 2 s)
     values = functional.pad(v, (0, 0, s, short)).unfold(-2, 2 * s, s).mT  # (b, h, blocks, 2 s, c)
     r = torch.arange(s, device=k.device)[:, None]
