@@ -1,0 +1,172 @@
+"""Who does the work: processes of this machine, or a Ray cluster. Both take jobs and give answers as they come.
+
+An answer is {"done": result}, {"refused": sentence} (bad input, parts that do not combine) or {"failed": sentence, "trace": text}.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from formwright.errors import FormwrightError, require
+
+Backend = Literal["local", "ray"]
+Job = dict[str, Any]
+Answer = dict[str, Any]
+
+
+class Pool(Protocol):
+    """Runs jobs; `run` gives the place of a job in the list with its answer, in the order they finish."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]: ...
+    def close(self) -> None: ...
+
+
+def pool(backend: str, workers: int | None, log: Path) -> Pool:
+    """A pool with that many workers; without a number, one a core, or all that a Ray cluster has.
+
+    Raises:
+        FormwrightError: no such backend, no positive number of workers, or Ray is not installed.
+    """
+    if workers is not None and workers < 1:
+        raise FormwrightError(f"workers is {workers}, but at least one must do the work.")
+    if backend == "local":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return LocalPool(workers or cores, log)
+    if backend == "ray":
+        return RayPool(workers)
+    raise FormwrightError(f"There is no backend {backend!r}: use local or ray.")
+
+
+class LocalPool:
+    """Persistent processes, so that torch is imported once each. One that dies costs its job alone, and is started anew.
+
+    The processes are in sessions of their own: an interrupt at the keyboard reaches the parent only. They end when their input does,
+    so none outlives a parent that was killed.
+
+    Args:
+        workers: how many.
+        log: file for what they print.
+    """
+
+    def __init__(self, workers: int, log: Path) -> None:
+        self.workers, self.log = workers, log
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._closed = False
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[int, Answer]] = queue.SimpleQueue()
+        for place in range(len(jobs)):
+            todo.put(place)
+
+        def serve(name: int) -> None:
+            while not self._closed:
+                try:
+                    place = todo.get_nowait()
+                except queue.Empty:
+                    return
+                answers.put((place, self._ask(name, jobs[place])))
+
+        for name in range(min(self.workers, len(jobs))):
+            threading.Thread(target=serve, args=(name,), daemon=True).start()
+        for _ in jobs:
+            yield answers.get()
+
+    def _ask(self, name: int, job: Job) -> Answer:
+        try:
+            process = self._process(name)
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if line.endswith(b"\n"):
+                return json.loads(line)
+        except (OSError, ValueError):
+            pass
+        process = self._processes.pop(name, None)
+        if process is None:
+            return {"failed": "The worker process could not be started.", "trace": ""}
+        process.kill()
+        return {"failed": f"The worker process {_how(process.wait())}.", "trace": ""}
+
+    def _process(self, name: int) -> subprocess.Popen:
+        running = self._processes.get(name)
+        if running is not None and running.poll() is None:
+            return running
+        with open(self.log, "ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "formwright.bench.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        return self._processes[name]
+
+    def close(self) -> None:
+        """End all processes at once, whatever they do."""
+        self._closed = True
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+        self._processes.clear()
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"ended with status {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed ({name}); the machine may have run out of memory" if code == -9 else f"was killed ({name})"
+
+
+class RayPool:
+    """The same jobs as Ray tasks of one CPU each: on the cluster this process belongs to, that of $RAY_ADDRESS, or a local one.
+
+    Args:
+        workers: CPUs of a local cluster; on another one, how many tasks are handed out at once.
+    """
+
+    def __init__(self, workers: int | None) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self.ray = require("ray", extra="ray")
+        self._ours = not self.ray.is_initialized()
+        if self._ours:
+            address = os.environ.get("RAY_ADDRESS")
+            local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+            self.ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        self.workers = workers or max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+        from formwright.bench.work import execute
+
+        task = self.ray.remote(num_cpus=1, max_retries=0)(execute)
+        left = iter(enumerate(jobs))
+        running: dict[Any, int] = {}
+        while True:
+            while len(running) < self.workers:
+                place, job = next(left, (None, None))
+                if place is None:
+                    break
+                running[task.remote(job)] = place
+            if not running:
+                return
+            ready, _ = self.ray.wait(list(running), num_returns=1)
+            for one in ready:
+                place = running.pop(one)
+                try:
+                    yield place, self.ray.get(one)
+                except self.ray.exceptions.RayError as lost:
+                    first = str(lost).strip().splitlines()[0]
+                    yield place, {"failed": f"The Ray task was lost: {first}", "trace": str(lost)}
+
+    def close(self) -> None:
+        if self._ours:
+            self.ray.shutdown()

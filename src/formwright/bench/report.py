@@ -1,0 +1,530 @@
+"""report.html: one file that opens without network.
+
+The table and its intervals are plain HTML and SVG, so they print and need no script; the curves and the cost plots are Plotly, whose
+library is embedded once. Everything that comes from a user or a record is escaped.
+"""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from formwright.bench.statistics import pareto
+from formwright.bench.summary import Row, Summary, show_p, si, summarize
+from formwright.errors import require
+
+# Okabe and Ito's colours, told apart by colour-blind readers and in grey, without the yellow; then three darker ones.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#56B4E9", "#8C6D1F", "#4D4D4D", "#E69F00", "#1B4F5C")
+SYMBOLS = ("circle", "diamond-open", "square", "triangle-up-open", "cross", "star-open", "hexagon", "x-open")
+DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
+INK, QUIET, RULE = "#1c1c1a", "#6b6a65", "#dedcd5"
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c1c1a; --quiet: #6b6a65; --rule: #dedcd5; --paper: #fdfdfb; --tint: #f4f3ee; }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 17px/1.55 Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Georgia, serif; }
+main { max-width: 1200px; margin: 0 auto; padding: 48px 28px 72px; }
+h1 { font-size: 34px; line-height: 1.15; font-weight: 600; margin: 0 0 20px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h2 { font-size: 20px; font-weight: 600; margin: 56px 0 4px; }
+p { margin: 0 0 12px; max-width: 46em; }
+.lead { font-size: 20px; line-height: 1.5; }
+.kicker, .note, dt, th, .small, .legend, .tag, code, pre, td, dd { font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
+.kicker { color: var(--quiet); font-size: 13px; letter-spacing: 0.02em; margin-bottom: 10px; }
+.note, .small { color: var(--quiet); font-size: 14px; line-height: 1.5; }
+dl.facts { display: flex; flex-wrap: wrap; gap: 10px 40px; margin: 28px 0 0; padding: 16px 0; border: solid var(--rule); border-width: 1px 0; }
+dl.facts div { min-width: 0; }
+dt { color: var(--quiet); font-size: 12.5px; }
+dd { margin: 0; font-size: 15px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; margin: 14px 0 0; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th { text-align: right; font-weight: 500; color: var(--quiet); font-size: 12.5px; padding: 6px 8px; border-bottom: 1px solid var(--ink); vertical-align: bottom; white-space: nowrap; }
+td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--rule); white-space: nowrap; vertical-align: middle; }
+th.text, td.text { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; position: sticky; left: 0; background: var(--paper); }
+tr.baseline td { background: var(--tint); font-weight: 600; }
+tr.baseline td:first-child { box-shadow: -10px 0 0 var(--tint); }
+tr.trivial td { color: var(--quiet); }
+td .tag { color: var(--quiet); font-size: 12px; font-weight: 400; margin-left: 6px; }
+td.reason { white-space: normal; min-width: 22em; }
+td.better { color: #00614a; } td.worse { color: #9c3f00; }
+.plain { color: var(--quiet); }
+svg.dots { display: block; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13.5px; margin: 12px 0 2px; padding: 0; list-style: none; }
+.legend li { display: flex; align-items: center; gap: 7px; overflow-wrap: anywhere; }
+.legend svg { flex: none; }
+.plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px 28px; margin-top: 6px; }
+figure { margin: 0; min-width: 0; break-inside: avoid; }
+figure .plotly-graph-div { width: 100%; }
+pre { background: var(--tint); padding: 12px 14px; font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 760px) {
+  body { font-size: 16px; } main { padding: 28px 16px 48px; } h1 { font-size: 27px; } .lead { font-size: 18px; }
+  .plots { grid-template-columns: minmax(0, 1fr); } dl.facts { gap: 8px 26px; }
+}
+@media print {
+  body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
+  table { font-size: 8.5pt; } th, td { padding: 3px 4px; } h2 { break-after: avoid; } tr { break-inside: avoid; }
+  th:first-child, td:first-child { position: static; }
+}
+"""
+
+
+def report(folder: str | Path) -> Path:
+    """Write report.html into a run folder.
+
+    Raises:
+        FormwrightError: the folder holds no comparison, or Plotly is not installed.
+    """
+    page = render(summarize(folder))
+    path = Path(folder) / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(summary: Summary) -> str:
+    """The page as text."""
+    require("plotly", extra="report")
+    from plotly.offline import get_plotlyjs
+
+    style = _Styles(summary)
+    sentences = summary.sentences()
+    split = len(sentences) - len(summary.warnings()) if summary.rows else len(sentences)
+    body = [
+        f'<p class="kicker">Formwright comparison · {_text(summary.run.get("created", ""))}</p>',
+        f"<h1>{_text(_title(summary))}</h1>",
+        f'<p class="lead">{_text(" ".join(sentences[:split]))}</p>',
+        *(f"<p>{_text(' '.join(sentences[split:]))}</p>" if sentences[split:] else "",),
+        _facts(summary),
+    ]
+    if summary.rows:
+        body += [_results(summary, style), _costs(summary, style), _curves(summary, style)]
+    body += [_gaps(summary), _method(summary), _again(summary)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(_title(summary))}</title><style>{STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script></head><body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _title(summary: Summary) -> str:
+    slots = summary.slots
+    what = " and ".join(slots) if len(slots) < 3 else f"{', '.join(slots[:-1])} and {slots[-1]}"
+    return f"{what[:1].upper()}{what[1:]} on {summary.task}" if what else f"Comparison on {summary.task}"
+
+
+class _Styles:
+    """Colour by the first thing varied, symbol and dash by the others."""
+
+    def __init__(self, summary: Summary) -> None:
+        self.slots = summary.slots
+        plan = [one["candidate"] for one in summary.run.get("candidates", [])] or [
+            row.candidate for row in summary.rows
+        ]
+        first, rest = self.slots[:1], self.slots[1:]
+        self.firsts = list(dict.fromkeys(str(one.get(slot, "")) for one in plan for slot in first))
+        self.rests = list(dict.fromkeys(self._rest(one) for one in plan)) if rest else []
+
+    def _rest(self, candidate: dict[str, Any]) -> str:
+        return " · ".join(str(candidate.get(slot, "")) for slot in self.slots[1:])
+
+    def colour(self, row: Row) -> str:
+        value = row.candidate.get(self.slots[0], "") if self.slots else ""
+        return COLOURS[self.firsts.index(value) % len(COLOURS)] if value in self.firsts else INK
+
+    def place(self, row: Row) -> int:
+        value = self._rest(row.candidate)
+        return self.rests.index(value) if value in self.rests else 0
+
+    def symbol(self, row: Row) -> str:
+        return SYMBOLS[self.place(row) % len(SYMBOLS)]
+
+    def dash(self, row: Row) -> str:
+        return DASHES[self.place(row) % len(DASHES)]
+
+    def colour_key(self) -> str:
+        entries = [
+            f'<li><svg width="12" height="12" aria-hidden="true"><rect width="12" height="12" rx="2" '
+            f'fill="{COLOURS[i % len(COLOURS)]}"/></svg>{_text(value)}</li>'
+            for i, value in enumerate(self.firsts)
+        ]
+        return "".join(entries)
+
+    def legend(self, kind: str) -> str:
+        """The key of a plot; kind is "marker" or "line"."""
+        entries = [self.colour_key()]
+        for i, value in enumerate(self.rests if len(self.rests) > 1 else []):
+            if kind == "line":
+                pattern = {"solid": "", "dot": "2 3", "dash": "7 4", "dashdot": "7 3 2 3"}.get(
+                    DASHES[i % len(DASHES)], "10 4"
+                )
+                drawn = (
+                    f'<line x1="0" y1="6" x2="30" y2="6" stroke="{INK}" stroke-width="2" stroke-dasharray="{pattern}"/>'
+                )
+                entries.append(f'<li><svg width="30" height="12" aria-hidden="true">{drawn}</svg>{_text(value)}</li>')
+            else:
+                entries.append(
+                    f'<li><svg width="14" height="14" aria-hidden="true">{_glyph(i)}</svg>{_text(value)}</li>'
+                )
+        return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def _glyph(place: int) -> str:
+    name = SYMBOLS[place % len(SYMBOLS)]
+    paint = f'fill="none" stroke="{INK}" stroke-width="1.6"' if name.endswith("-open") else f'fill="{INK}"'
+    shapes = {
+        "circle": f'<circle cx="7" cy="7" r="5" {paint}/>',
+        "diamond": f'<path d="M7 1 13 7 7 13 1 7Z" {paint}/>',
+        "square": f'<rect x="2" y="2" width="10" height="10" {paint}/>',
+        "triangle-up": f'<path d="M7 2 13 12 1 12Z" {paint}/>',
+        "cross": f'<path d="M5 1h4v4h4v4h-4v4h-4v-4h-4v-4h4Z" {paint}/>',
+        "star": f'<path d="M7 1 9 5 13 5.5 10 8.500 11 13 7 10.600 3 13 4 8.500 1 5.500 5 5Z" {paint}/>',
+        "hexagon": f'<path d="M7 1 12 4V10L7 13 2 10V4Z" {paint}/>',
+        "x": f'<path d="M2 4 4 2 7 5 10 2 12 4 9 7 12 10 10 12 7 9 4 12 2 10 5 7Z" {paint}/>',
+    }
+    return shapes[name.removesuffix("-open")]
+
+
+def _facts(summary: Summary) -> str:
+    settings, where = summary.run.get("settings", {}), summary.environment
+    matched = {"params": "parameters", "flops": "FLOPs", "none": "nothing"}.get(settings.get("match"), "nothing")
+    seeds = summary.run.get("seeds", [])
+    facts = {
+        "Trials": f"{summary.finished} of {summary.planned}",
+        "Seeds": len(seeds),
+        "Steps": summary.run.get("training", {}).get("steps", "–"),
+        "Matched": matched,
+        "Baseline": summary.baseline.label
+        if summary.baseline
+        else " · ".join(map(str, summary.run["baseline"].values())),
+        "Time": _hours(summary),
+        "Processor": where.get("cpu", "–"),
+        "Probe": f"{where['speed_gflops']:.0f} GFLOP/s" if where.get("speed_gflops") else "–",
+    }
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
+        + "</dl>"
+    )
+
+
+def _hours(summary: Summary) -> str:
+    """Of all trials together."""
+    seconds = sum((row.seconds or 0) * len(row.seeds) for row in summary.rows)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _results(summary: Summary, style: _Styles) -> str:
+    metric = summary.metric
+    others = [name for name in summary.rows[0].metrics if name != metric.name][:1]
+    with_items = any(row.result.p_items is not None for row in summary.rows)
+    with_rates = len({row.learning_rate for row in summary.rows}) > 1
+    low, high = _range(summary)
+    shown = lambda value: f"{100 * value:.3g}" if metric.percent else f"{value:.3g}"  # noqa: E731  # an axis label
+    axis = (
+        f'<span style="display:flex;justify-content:space-between;width:150px"><span>{shown(low)}</span>'
+        f"<span>{shown(high)}{' %' if metric.percent else ''}</span></span>"
+    )
+    heads = [
+        *((slot, "text") for slot in summary.slots or ["candidate"]),
+        (metric.name.replace("_", " ") + (", %" if metric.percent else ""), ""),
+        (axis, "text"),
+        ("difference", ""),
+        ("p, seeds", ""),
+        *([("p, items", "")] if with_items else []),
+        ("verdict", "text"),
+        *((name, "") for name in others),
+        ("params", ""),
+        ("FLOPs", ""),
+        ("latency", ""),
+        ("memory", ""),
+        *([("rate", "")] if with_rates else []),
+    ]
+    head = "".join(f'<th class="{kind}">{name if name is axis else _text(name)}</th>' for name, kind in heads)
+    lines = []
+    for row in summary.rows:
+        result, base = row.result, row.baseline
+        notes = "".join(f'<span class="tag">{_text(note)}</span>' for note in row.notes)
+        tag = '<span class="tag">baseline</span>' if base else ""
+        names = [_text(row.candidate.get(slot, "")) for slot in summary.slots] or ["defaults"]
+        names[-1] += notes + tag
+        side = "better" if "better" in (result.word or "") else "worse" if "worse" in (result.word or "") else "plain"
+        cells = [
+            *((name, "text") for name in names),
+            (metric.interval(result.mean, result.error).removesuffix(" %"), ""),
+            (_dots(row, low, high, style.colour(row), summary), "text"),
+            ("" if base else metric.gap(result.difference), ""),
+            ("" if base else show_p(result.p), ""),
+            *([("" if base else show_p(result.p_items), "")] if with_items else []),
+            ("" if base else result.word or "", f"text {side}"),
+            *((f"{row.metrics[name]:.3f}" if name in row.metrics else "–", "") for name in others),
+            (si(row.params).strip(), ""),
+            (si(row.flops).strip(), ""),
+            ("–" if row.latency_ratio is None else f"{row.latency_ratio:.2f} ×", ""),
+            ("–" if row.memory_mb is None else f"{row.memory_mb:.1f} MB", ""),
+            *([(f"{row.learning_rate:g}" if row.learning_rate else "–", "")] if with_rates else []),
+        ]
+        marked = ' class="baseline"' if base else ""
+        filled = "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in cells)
+        lines.append(f"<tr{marked}>{filled}</tr>")
+    for name, value in summary.trivial.items():
+        first = f'<td class="text" colspan="{max(1, len(summary.slots))}">{_text(name)} <span class="tag">no model</span></td>'
+        rest = "".join("<td></td>" for _ in heads[max(1, len(summary.slots)) + 1 :])
+        lines.append(f'<tr class="trivial">{first}<td>{metric.show(value).removesuffix(" %")}</td>{rest}</tr>')
+    note = (
+        "Dots are seeds, the tick their mean, the bar one standard error on either side; the thin line is the baseline's mean. "
+        "p is corrected by Holm's rule over all candidates. FLOPs and latency of one forward pass over an evaluation batch, latency "
+        "as a ratio to the baseline timed in turns with it; memory is the peak of one training step."
+    )
+    return (
+        f'<section><h2>Results</h2><div class="scroll"><table id="results"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{"".join(lines)}</tbody></table></div><p class="note" style="margin-top:10px">{note}</p></section>'
+    )
+
+
+def _range(summary: Summary) -> tuple[float, float]:
+    """The axis of the dots: all seeds and errors, with a little room."""
+    ends = [value for row in summary.rows for value in row.result.values]
+    for row in summary.rows:
+        if row.result.error is not None:
+            ends += [row.result.mean - row.result.error, row.result.mean + row.result.error]
+    low, high = min(ends), max(ends)
+    room = 0.04 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - room, (min(high + room, 1.0) if summary.metric.percent else high + room)
+
+
+def _dots(row: Row, low: float, high: float, colour: str, summary: Summary) -> str:
+    wide, tall = 150, 20
+
+    def x(value: float) -> float:
+        return round(4 + (wide - 8) * (value - low) / (high - low), 1)
+
+    drawn = [f'<line x1="0" y1="10" x2="{wide}" y2="10" stroke="{RULE}"/>']
+    if summary.baseline is not None:
+        at = x(summary.baseline.result.mean)
+        drawn.append(f'<line x1="{at}" y1="0" x2="{at}" y2="{tall}" stroke="{INK}" stroke-width="0.8"/>')
+    if row.result.error is not None:
+        left, right = x(row.result.mean - row.result.error), x(row.result.mean + row.result.error)
+        drawn.append(
+            f'<rect x="{left}" y="6.500" width="{round(max(right - left, 0.5), 1)}" height="7" rx="1.500" fill="{colour}" fill-opacity="0.28"/>'
+        )
+    drawn += [f'<circle cx="{x(value)}" cy="10" r="2.300" fill="{colour}"/>' for value in row.result.values]
+    at = x(row.result.mean)
+    drawn.append(f'<line x1="{at}" y1="3" x2="{at}" y2="17" stroke="{colour}" stroke-width="2"/>')
+    said = _text(f"{row.label}: {summary.metric.show(row.result.mean)}")
+    return f'<svg class="dots" width="{wide}" height="{tall}" role="img" aria-label="{said}">{"".join(drawn)}</svg>'
+
+
+def _layout(title_x: str, title_y: str, *, height: int = 320) -> dict[str, Any]:
+    axis = {
+        "showline": True, "linecolor": INK, "linewidth": 1, "ticks": "outside", "tickcolor": INK, "ticklen": 4,
+        "gridcolor": "#eceae4", "zeroline": False, "title": {"standoff": 8, "font": {"size": 13, "color": QUIET}},
+    }  # fmt: skip
+    return {
+        "height": height,
+        "margin": {"l": 58, "r": 12, "t": 8, "b": 46},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {
+            "family": 'system-ui, "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif',
+            "size": 12.5,
+            "color": INK,
+        },
+        "showlegend": False,
+        "hoverlabel": {"bgcolor": "#ffffff", "font": {"color": INK}},
+        "xaxis": axis | {"title": axis["title"] | {"text": title_x}},
+        "yaxis": axis | {"title": axis["title"] | {"text": title_y}},
+    }
+
+
+def _figure(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str) -> str:
+    import plotly.graph_objects as go
+    import plotly.io
+
+    plotly.io.templates.default = "none"
+    drawn = go.Figure(data=list(traces), layout=layout).to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=name,
+        default_width="100%",
+        default_height=f"{layout['height']}px",
+        config={"displayModeBar": False, "responsive": True, "plotlyServerURL": ""},
+    )
+    return f"<figure>{drawn}</figure>"
+
+
+def _costs(summary: Summary, style: _Styles) -> str:
+    metric = summary.metric
+    kinds: list[tuple[str, str, Callable[[Row], float | None]]] = [
+        ("latency", "latency of a forward pass, ms", lambda row: row.latency_ms),
+        ("flops", "FLOPs of a forward pass", lambda row: row.flops),
+        ("params", "parameters", lambda row: row.params),
+        ("memory", "peak memory of a training step, MB", lambda row: row.memory_mb),
+    ]
+    figures = []
+    for name, title, cost in kinds:
+        rows = [row for row in summary.rows if cost(row) is not None]
+        if not rows:
+            continue
+        scale = 100 if metric.percent else 1
+        points = [(float(cost(row) or 0), scale * row.result.mean) for row in rows]
+        front = pareto(points, higher_is_better=metric.higher_is_better)
+        line = {
+            "type": "scatter", "mode": "lines", "x": [points[i][0] for i in front], "y": [points[i][1] for i in front],
+            "line": {"color": "#a9a79f", "width": 1.5, "shape": "hv"}, "hoverinfo": "skip",
+        }  # fmt: skip
+        traces = [line]
+        for row, (x, y) in zip(rows, points, strict=True):
+            error = {
+                "type": "data",
+                "array": [scale * (row.result.error or 0)],
+                "thickness": 1,
+                "width": 0,
+                "color": style.colour(row),
+            }
+            hover = f"{_text(row.label)}<br>{_text(metric.show(row.result.mean))}<br>%{{x:.4s}}<extra></extra>"
+            marker = {
+                "color": style.colour(row),
+                "symbol": style.symbol(row),
+                "size": 10,
+                "line": {"width": 1.6, "color": style.colour(row)},
+            }
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "x": [x],
+                    "y": [y],
+                    "error_y": error,
+                    "marker": marker,
+                    "hovertemplate": hover,
+                }
+            )
+        layout = _layout(title, metric.name.replace("_", " ") + (", %" if metric.percent else ""))
+        values = [x for x, _ in points]
+        if min(values) > 0 and max(values) > 8 * min(values):
+            layout["xaxis"] |= {"type": "log", "dtick": "D2" if max(values) < 100 * min(values) else 1}
+        elif max(values) - min(values) < 0.05 * max(values):  # matched: no false differences by zooming in
+            middle = (max(values) + min(values)) / 2
+            layout["xaxis"] |= {"range": [0.9 * middle, 1.1 * middle]}
+        layout["xaxis"] |= {"exponentformat": "SI", "nticks": 6}
+        layout["annotations"] = _labels(
+            rows, points, front, layout["xaxis"].get("type") == "log", metric.higher_is_better
+        )
+        figures.append(_figure(traces, layout, f"plot-{name}"))
+    note = "The grey line joins what nothing else beats in both quality and cost. Bars are standard errors over seeds."
+    return (
+        f'<section><h2>Quality against cost</h2><p class="note">{note}</p>{style.legend("marker")}'
+        f'<div class="plots">{"".join(figures)}</div></section>'
+    )
+
+
+def _labels(
+    rows: Sequence[Row], points: Sequence[tuple[float, float]], front: Sequence[int], log: bool, up: bool
+) -> list[dict[str, Any]]:
+    """The names of the cheapest and of the best point."""
+    chosen = dict.fromkeys([front[-1], front[0]])
+    middle = sum(x for x, _ in points) / len(points)
+    return [
+        {
+            "x": math.log10(points[i][0]) if log else points[i][0], "y": points[i][1], "text": _text(rows[i].label),
+            "showarrow": False, "yshift": (14 if up else -14) * (1 if i == front[-1] else -1), "font": {"size": 12, "color": INK},
+            "xanchor": "left" if points[i][0] < middle else "right", "bgcolor": "rgba(253,253,251,0.75)",
+        }
+        for i in chosen
+    ]  # fmt: skip
+
+
+def _curves(summary: Summary, style: _Styles) -> str:
+    rows = [row for row in summary.rows if row.curve]
+    if not rows:
+        return ""
+    traces = [
+        {
+            "type": "scatter", "mode": "lines", "x": [x for x, _ in row.curve], "y": [y for _, y in row.curve],
+            "line": {"color": style.colour(row), "dash": style.dash(row), "width": 2.4 if row.baseline else 1.6},
+            "hovertemplate": f"{_text(row.label)}<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
+        }
+        for row in rows
+    ]  # fmt: skip
+    drawn = _figure(traces, _layout("step", "training loss, nats", height=400), "plot-curves")
+    note = (
+        "Training loss, the mean over seeds and over the steps since the point before. The baseline is drawn thicker."
+    )
+    return f'<section><h2>Learning curves</h2><p class="note">{note}</p>{style.legend("line")}{drawn}</section>'
+
+
+def _gaps(summary: Summary) -> str:
+    if not summary.missing:
+        return ""
+    lines = "".join(
+        f'<tr><td class="text">{_text(one.label)}</td><td class="text">{_text(one.status)}</td>'
+        f'<td class="text">{_text(", ".join(map(str, one.seeds)) if one.status == "failed" else "–")}</td>'
+        f'<td class="text reason">{_text(one.reason)}</td></tr>'
+        for one in summary.missing
+    )
+    head = '<th class="text">candidate</th><th class="text">status</th><th class="text">seeds</th><th class="text">why</th>'
+    return (
+        '<section><h2>Without a result</h2><div class="scroll"><table id="missing"><thead><tr>'
+        f"{head}</tr></thead><tbody>{lines}</tbody></table></div></section>"
+    )
+
+
+def _method(summary: Summary) -> str:
+    settings = summary.run.get("settings", {})
+    match = settings.get("match")
+    counts = len([row for row in summary.rows if not row.baseline])
+    said = [
+        "A seed sets the initial weights and the order of the data, the same for every candidate, and every candidate reads the same "
+        "held-out items, all of them, once.",
+        f"Differences from the baseline are tested by a two-sided paired t-test over seeds, corrected by Holm's rule for {counts} "
+        "comparisons. “Better” and “worse” need a corrected p below 0.05. “Likely” means that the same test over held-out items "
+        "(McNemar's for one seed, else a paired bootstrap) is below 0.05 after correction and that every seed agrees; it speaks of "
+        "these trained models, not of other seeds.",
+    ]
+    if match in ("params", "flops"):
+        tolerance = "1 % of the baseline's parameters" if match == "params" else "2 % of the baseline's FLOPs"
+        widths = ", ".join(f"{row.label} {_widths(row)}" for row in summary.rows if row.widths)
+        said.append(
+            f"Widths were chosen so that every candidate is within {tolerance}; checked before training. Widths: {widths}."
+        )
+    if settings.get("learning_rates"):
+        said.append("Every candidate trained at the best of its own learning rates, chosen on its first seed.")
+    training = summary.run.get("training", {})
+    if training:
+        said.append(
+            "Training: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items()) + "."
+        )
+    return (
+        "<section><h2>How it was tested</h2>"
+        + "".join(f'<p class="small">{_text(one)}</p>' for one in said)
+        + "</section>"
+    )
+
+
+def _widths(row: Row) -> str:
+    return "/".join(str(value) for value in row.widths.values())
+
+
+def _again(summary: Summary) -> str:
+    where = summary.environment
+    names = ("formwright", "torch", "transformers", "python", "system", "cpu", "instructions", "cores", "threads")
+    facts = ", ".join(
+        f"{n} {' '.join(where[n]) if isinstance(where[n], list) else where[n]}" for n in names if where.get(n)
+    )
+    return (
+        f"<section><h2>Run it again</h2><pre>{_text(summary.run.get('command', ''))}</pre>"
+        f'<p class="small">{_text(facts)}. Every trial is a line of records.jsonl beside this file.</p></section>'
+    )
