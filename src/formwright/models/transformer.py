@@ -9,7 +9,7 @@ pipelines, safetensors.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,6 +44,7 @@ ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
 POOLINGS = ("mean", "first", "last")
 
 
+@no_type_check  # transformers gives a config an __init__ that takes more than its fields; a type checker's would not
 class TransformerConfig(PreTrainedConfig):
     """What a Transformer is made of.
 
@@ -122,6 +123,11 @@ class TransformerConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise FormwrightError(f"{name} is a whole number from 1, got {getattr(self, name)!r}.")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise FormwrightError(
+                f"A hidden_size of {self.hidden_size} does not split into {self.num_attention_heads} heads; "
+                "set head_dim or another width."
+            )
         if not 0 <= self.dropout < 1:
             raise FormwrightError(f"dropout is a probability from 0 to below 1, got {self.dropout}.")
         if self.vocab_size < 1 and self.image_size < 1:
@@ -658,9 +664,11 @@ class _Generates(GenerationMixin):
     def _is_stateful(self) -> bool:
         return any(mixer.cache_kind == "state" for mixer in self.model.decoder.mixers)
 
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, *_args: Any, **_kw: Any
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, **_settings: Any
     ) -> dict[str, Any]:
+        if self.model.encoder is None or model_kwargs.get("encoder_outputs") is not None:
+            return model_kwargs
         names = ("attention_mask", "token_type_ids", "position_ids")
         given = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
         given[model_input_name or self.main_input_name] = inputs_tensor
@@ -730,9 +738,6 @@ class TransformerForConditionalGeneration(_Head, _Generates, GenerationMixin):
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_encoder(self, *_args: Any, **_kwargs: Any) -> nn.Module:
-        return self.model.encoder
 
     def prepare_decoder_input_ids_from_labels(self, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
         """The labels one place to the right, behind the start token; ignored labels become the padding id.
