@@ -199,6 +199,7 @@ SMOKE = json.dumps({"claims": [{"scale": "smoke", "verdict": "holds"}]})
         ({}, "planned"),
         ({PART: "class Other: ...\n"}, "planned"),
         ({PART: "# class Sample\n"}, "planned"),
+        ({PART: "class Samples: ...\n"}, "planned"),
         ({TEST: MARKED, "evidence/sample.json": FULL}, "planned"),
         ({PART: "class Sample:\n    ...\n"}, "built"),
         ({PART: "def Sample(): ...\n"}, "built"),
