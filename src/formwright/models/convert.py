@@ -1,6 +1,6 @@
 """Trained weights of transformers' own models in ours: the same function, from our parts.
 
-`from_transformers(model)` takes a BERT or GPT-2 (bare or with a head we have) and gives the Transformer that computes
+`from_transformers(model)` takes a BERT, RoFormer or GPT-2 (bare or with a head we have) and gives the Transformer that computes
 the same. Our model can then be changed part by part, which the original cannot.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from formwright.errors import FormwrightError
+from formwright.models.text.roformer import roformer_config
 from formwright.models.transformer import (
     TransformerConfig,
     TransformerForCausalLM,
@@ -116,6 +117,17 @@ def _from_bert(model: PreTrainedModel) -> TransformerPreTrainedModel:
     _same(weights, "model.embeddings.types", body.embeddings.token_type_embeddings)
     weights["model.encoder.position.weight"] = body.embeddings.position_embeddings.weight
     _same(weights, "model.encoder.embedding_norm", body.embeddings.LayerNorm)
+    _bert_layers(weights, body)
+    if kind is TransformerForSequenceClassification:
+        _same(weights, "pooler", model.bert.pooler.dense)
+        _same(weights, "classifier", model.classifier)
+    if kind is TransformerForMaskedLM:
+        _bert_language_head(weights, model.cls.predictions)
+    return _filled(kind, config, weights, model)
+
+
+def _bert_layers(weights: Weights, body: PreTrainedModel) -> None:
+    """The layers of BERT and of what was made from it."""
     for i, layer in enumerate(body.encoder.layer):
         block, attention = f"model.encoder.layers.{i}.block", layer.attention.self
         weight, bias = _stacked([attention.query, attention.key, attention.value])
@@ -125,13 +137,48 @@ def _from_bert(model: PreTrainedModel) -> TransformerPreTrainedModel:
         _same(weights, f"{block}.feedforward.up", layer.intermediate.dense)
         _same(weights, f"{block}.feedforward.down", layer.output.dense)
         _same(weights, f"{block}.feedforward_norm", layer.output.LayerNorm)
-    if kind is TransformerForSequenceClassification:
-        _same(weights, "pooler", model.bert.pooler.dense)
-        _same(weights, "classifier", model.classifier)
+
+
+def _bert_language_head(weights: Weights, predictions: nn.Module) -> None:
+    _same(weights, "transform.0", predictions.transform.dense)
+    _same(weights, "transform.2", predictions.transform.LayerNorm)
+    weights["lm_head.bias"] = predictions.decoder.bias
+
+
+@torch.no_grad()
+def _from_roformer(model: PreTrainedModel) -> TransformerPreTrainedModel:
+    theirs = model.config
+    if theirs.is_decoder or theirs.rotary_value or theirs.embedding_size != theirs.hidden_size:
+        raise FormwrightError(
+            "This RoFormer is a decoder, turns its values (rotary_value=True) or has an embedding_size of its own; only "
+            "the plain encoder has a counterpart here."
+        )
+    if theirs.hidden_act != "gelu" or theirs.layer_norm_eps != 1e-12:
+        raise FormwrightError(
+            f"This RoFormer has hidden_act={theirs.hidden_act!r} and layer_norm_eps={theirs.layer_norm_eps}; the one "
+            "here has gelu and 1e-12."
+        )
+    kind = _head(model, {"RoFormerModel": TransformerModel, "RoFormerForMaskedLM": TransformerForMaskedLM})
+    body = model if kind is TransformerModel else model.roformer
+    config = roformer_config(
+        vocab_size=theirs.vocab_size,
+        type_vocab_size=theirs.type_vocab_size,
+        hidden_size=theirs.hidden_size,
+        num_hidden_layers=theirs.num_hidden_layers,
+        num_attention_heads=theirs.num_attention_heads,
+        intermediate_size=theirs.intermediate_size,
+        max_position_embeddings=theirs.max_position_embeddings,
+        dropout=theirs.hidden_dropout_prob,
+        attention_dropout=theirs.attention_probs_dropout_prob,
+        pad_token_id=theirs.pad_token_id,
+    )
+    weights: Weights = {}
+    _same(weights, "model.embeddings.tokens", body.embeddings.word_embeddings)
+    _same(weights, "model.embeddings.types", body.embeddings.token_type_embeddings)
+    _same(weights, "model.encoder.embedding_norm", body.embeddings.LayerNorm)
+    _bert_layers(weights, body)
     if kind is TransformerForMaskedLM:
-        _same(weights, "transform.0", model.cls.predictions.transform.dense)
-        _same(weights, "transform.2", model.cls.predictions.transform.LayerNorm)
-        weights["lm_head.bias"] = model.cls.predictions.bias
+        _bert_language_head(weights, model.cls.predictions)
     return _filled(kind, config, weights, model)
 
 
@@ -201,5 +248,6 @@ def _head(
 
 FAMILIES: dict[str, Callable[[PreTrainedModel], TransformerPreTrainedModel]] = {
     "bert": _from_bert,
+    "roformer": _from_roformer,
     "gpt2": _from_gpt2,
 }

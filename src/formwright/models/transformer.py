@@ -665,7 +665,7 @@ class _Generates(GenerationMixin):
         return any(mixer.cache_kind == "state" for mixer in self.model.decoder.mixers)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, **_settings: Any
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, *_settings: Any
     ) -> dict[str, Any]:
         if self.model.encoder is None or model_kwargs.get("encoder_outputs") is not None:
             return model_kwargs

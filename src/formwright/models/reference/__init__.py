@@ -1,0 +1,1 @@
+"""Models written to be read: plain, slow and obviously right."""
