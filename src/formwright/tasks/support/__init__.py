@@ -1,0 +1,1 @@
+"""What several tasks share: reading files, tokenizing text, scoring cells."""
