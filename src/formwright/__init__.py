@@ -1,3 +1,26 @@
-"""Formwright: a workshop for Transformers."""
+"""Formwright: a workshop for Transformers.
+
+The verbs of the command line, imported when they are first used: `formwright.compare(...)`, `formwright.report(...)`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from formwright.bench.compare import compare as compare
+    from formwright.bench.report import report as report
 
 __version__ = "0.1.0"
+
+VERBS = {"compare": "formwright.bench.compare:compare", "report": "formwright.bench.report:report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in VERBS:
+        raise AttributeError(f"module 'formwright' has no attribute {name!r}")
+    from formwright.catalog import resolve
+
+    return resolve(VERBS[name])
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *VERBS])
