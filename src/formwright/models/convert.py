@@ -1,7 +1,7 @@
 """Trained weights of transformers' own models in ours: the same function, from our parts.
 
-`from_transformers(model)` takes a BERT, RoFormer or GPT-2 (bare or with a head we have) and gives the Transformer that computes
-the same. Our model can then be changed part by part, which the original cannot.
+`from_transformers(model)` takes a BERT, RoFormer or GPT-2 (bare or with a head we have) and gives the Transformer that
+computes the same. Our model can then be changed part by part, which the original cannot.
 """
 
 from collections.abc import Callable
@@ -150,8 +150,8 @@ def _from_roformer(model: PreTrainedModel) -> TransformerPreTrainedModel:
     theirs = model.config
     if theirs.is_decoder or theirs.rotary_value or theirs.embedding_size != theirs.hidden_size:
         raise FormwrightError(
-            "This RoFormer is a decoder, turns its values (rotary_value=True) or has an embedding_size of its own; only "
-            "the plain encoder has a counterpart here."
+            "This RoFormer is a decoder, turns its values (rotary_value=True) or has an embedding_size of its own; "
+            "only the plain encoder has a counterpart here."
         )
     if theirs.hidden_act != "gelu" or theirs.layer_norm_eps != 1e-12:
         raise FormwrightError(
