@@ -107,8 +107,11 @@ def test_cross_attention_has_the_inner_norm_only_when_asked():
 
 
 def test_a_mixer_without_a_place_for_the_norm_is_refused():
+    class Plain(nn.Linear):
+        cache_kind, hooks = None, frozenset()
+
     with pytest.raises(UnsupportedContext, match="no place for it"):
-        SubLN(dim=8, mixer=nn.Linear(8, 8), feedforward=None, norm=nn.LayerNorm)
+        SubLN(dim=8, mixer=Plain(8, 8), feedforward=None, norm=nn.LayerNorm)
 
 
 @pytest.mark.reference
