@@ -19,4 +19,5 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise FormwrightError(f'This needs {module}, which is not installed: pip install "formwright[{extra}]".') from missing
+        says = f'This needs {module}, which is not installed: pip install "formwright[{extra}]".'
+        raise FormwrightError(says) from missing
