@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from formwright.bench.compare import compare as compare
     from formwright.bench.report import report as report
+    from formwright.socket import register as register
+    from formwright.socket import register_attention as register_attention
 
 __version__ = "0.1.0"
 
-VERBS = {"compare": "formwright.bench.compare:compare", "report": "formwright.bench.report:report"}
+VERBS = {
+    "compare": "formwright.bench.compare:compare",
+    "report": "formwright.bench.report:report",
+    "register": "formwright.socket:register",
+    "register_attention": "formwright.socket:register_attention",
+}
 
 
 def __getattr__(name: str) -> Any:
