@@ -116,7 +116,7 @@ def _checked(part: str, parameters: Mapping[str, inspect.Parameter], options: di
         return {}
     import pydantic
 
-    fields = {key: (parameters[key].annotation, ...) for key in options}
+    fields: dict[str, Any] = {key: (parameters[key].annotation, ...) for key in options}
     model = pydantic.create_model("Options", __config__=pydantic.ConfigDict(arbitrary_types_allowed=True), **fields)
     try:
         checked = model(**options)

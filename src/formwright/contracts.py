@@ -152,7 +152,8 @@ class Context:
     @staticmethod
     def of(x: Tensor, **facts: Any) -> "Context":
         """The context of plain tokens x (b, n, d), as an encoder without a cache sees them."""
-        return Context(**{"queries": x.shape[1], "keys": x.shape[1], "device": x.device} | facts)
+        plain: dict[str, Any] = {"queries": x.shape[1], "keys": x.shape[1], "device": x.device}
+        return Context(**plain | facts)
 
 
 def refuse(part: str, *, asked: str, because: str, instead: str) -> UnsupportedContext:
