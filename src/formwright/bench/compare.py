@@ -1,7 +1,8 @@
 """A grid of parts x seeds on one task at equal budgets, run in parallel, resumable.
 
-In a run folder lie records.jsonl (see `records`), run.json (what is compared and what each candidate costs), worker.log and
-report.html. The same call goes on where a killed one stopped: finished trials are kept, failed ones run again.
+In a run folder lie records.jsonl (see `records`), run.json (what is compared and what each candidate costs),
+worker.log and report.html. The same call goes on where a killed one stopped: finished trials are kept, failed ones run
+again.
 """
 
 import itertools
@@ -78,23 +79,27 @@ def compare(
 
     Args:
         task: name of a task, with options in brackets.
-        vary: for slots (mixer, position, feedforward, norm, block, init), fields of TransformerConfig or of the training settings:
-            what to try. A list inside the list is one pattern over the layers.
-        match: widths are chosen so that all candidates have the baseline's parameters (within 1 %) or FLOPs (2 %); or not at all.
+        vary: for slots (mixer, position, feedforward, norm, block, init), fields of TransformerConfig or of the
+            training settings: what to try. A list inside the list is one pattern over the layers.
+        match: widths are chosen so that all candidates have the baseline's parameters (within 1 %) or FLOPs (2 %); or
+            not at all.
         seeds: how many, from 0, or which.
         steps: of training; none = the task's default.
         out: the run's folder.
         backend: processes of this machine, or Ray.
         workers: trials at once, one thread each; none = one a core.
-        learning_rates: each candidate first tries all of them on its first seed for a quarter of the steps and keeps the best.
-        baseline: what the others are tested against, {"mixer": "softmax"} or "mixer=softmax"; none = the first combination.
+        learning_rates: each candidate first tries all of them on its first seed for a quarter of the steps and keeps
+            the best.
+        baseline: what the others are tested against, {"mixer": "softmax"} or "mixer=softmax"; none = the first
+            combination.
         data: the data folder; none = $FORMWRIGHT_DATA.
         settings: fields of the training settings and of TransformerConfig, the same for all candidates.
         command: how the report says it was run.
         console: where progress goes; none = standard error.
 
     Raises:
-        FormwrightError: anything that no run could mend: unknown names, a folder of another run, a baseline that cannot be built.
+        FormwrightError: anything that no run could mend: unknown names, a folder of another run, a baseline that
+            cannot be built.
     """
     require("scipy.stats", extra="report")
     require("plotly", extra="report")
@@ -234,8 +239,8 @@ def _check_field(name: str, settings: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise FormwrightError(
-            f"{name!r} cannot be varied: it is no slot ({', '.join(SLOTS)}), no field of the model's configuration and no "
-            f"training setting.{hint}"
+            f"{name!r} cannot be varied: it is no slot ({', '.join(SLOTS)}), no field of the model's configuration "
+            f"and no training setting.{hint}"
         )
 
 
@@ -392,7 +397,7 @@ class _Run:
             self._record_unsupported(one)
         self.save()
 
-    def _size(self, candidates: Sequence[dict[str, Any]], *, target: float | None) -> None:
+    def _size(self, candidates: Sequence[dict[str, Any]], *, target: int | float | None) -> None:
         held = [name for name in WIDTHS if name in self.chosen.grid]
         jobs, shown = [], []
         for candidate in candidates:
@@ -464,7 +469,8 @@ class _Run:
                 training = self._training(candidate)
                 if self.chosen.rates is not None:
                     if "learning_rate" not in known:
-                        error = f"It could be trained at none of the learning rates {', '.join(map(str, self.chosen.rates))}."
+                        tried = ", ".join(map(str, self.chosen.rates))
+                        error = f"It could be trained at none of the learning rates {tried}."
                         self._append(known, seed, training, status="failed", error=error)
                         continue
                     training["learning_rate"] = known["learning_rate"]

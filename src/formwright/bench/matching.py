@@ -1,8 +1,8 @@
 """Widths at which two models cost the same.
 
-The feed-forward width is turned first: it changes a model's size in small steps and leaves the token's width alone. Where that does not
-reach the target within a half to twice its own scale, the token's width is turned in steps of the head count, with the
-feed-forward width in proportion, and the feed-forward width fills in what is left.
+The feed-forward width is turned first: it changes a model's size in small steps and leaves the token's width alone.
+Where that does not reach the target within a half to twice its own scale, the token's width is turned in steps of the
+head count, with the feed-forward width in proportion, and the feed-forward width fills in what is left.
 """
 
 from collections.abc import Callable, Collection
@@ -12,10 +12,11 @@ from formwright.errors import FormwrightError
 
 TOLERANCE = {"params": 0.01, "flops": 0.02}
 Config = dict[str, Any]
+Number = int | float
 
 
 def match(
-    config: Config, target: float, budget: Callable[[Config], float], tolerance: float, *, held: Collection[str] = ()
+    config: Config, target: Number, budget: Callable[[Config], Number], tolerance: float, *, held: Collection[str] = ()
 ) -> tuple[Config, float]:
     """The configuration with the widths whose budget is nearest to the target, and its ratio to it.
 
@@ -67,7 +68,7 @@ def match(
     if abs(best[0] - 1) > tolerance:
         widths = ", ".join(f"{name} {value}" for name, value in best[1].items()) or "its own widths"
         raise FormwrightError(
-            f"It cannot be matched: the nearest, with {widths}, costs {best[0]:.3f} times the baseline, and at most "
+            f"It cannot be matched: the nearest, with {widths}, costs {best[0]:.4f} times the baseline, and at most "
             f"{tolerance:.0%} apart is allowed. Compare it as it is with match=none (--match none)."
         )
     return {**config, **best[1]}, best[0]

@@ -1,12 +1,12 @@
 """What a model costs: parameters, FLOPs, latency, peak memory, bytes on disk.
 
-FLOPs    torch's FlopCounterMode, 2 a multiply-add, on one forward pass. It sees matrix products, convolutions and attention, not what
-         happens inside a custom op or an FFT: a part that uses those has a method `extra_flops(context) -> int`, called for every
-         forward pass of that part, and its number is added.
-Memory   Live bytes of every tensor storage, followed op by op: exact, free of noise, the same on every machine. Scratch memory inside
-         one op is not seen. On CUDA the allocator's own peak is taken.
-Latency  Interleaved: every round times each model once, so that a busy machine slows all alike; medians over the rounds, and the
-         median over the rounds of the ratio to the first model.
+FLOPs    torch's FlopCounterMode, 2 a multiply-add, on one forward pass. It sees matrix products, convolutions and
+         attention, not what happens inside a custom op or an FFT: a part that uses those has a method
+         `extra_flops(context) -> int`, called for every forward pass of that part, and its number is added.
+Memory   Live bytes of every tensor storage, followed op by op: exact, free of noise, the same on every machine.
+         Scratch memory inside one op is not seen. On CUDA the allocator's own peak is taken.
+Latency  Interleaved: every round times each model once, so that a busy machine slows all alike; medians over the
+         rounds, and the median over the rounds of the ratio to the first model.
 """
 
 import statistics

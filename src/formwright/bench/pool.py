@@ -1,6 +1,7 @@
 """Who does the work: processes of this machine, or a Ray cluster. Both take jobs and give answers as they come.
 
-An answer is {"done": result}, {"refused": sentence} (bad input, parts that do not combine) or {"failed": sentence, "trace": text}.
+An answer is {"done": result}, {"refused": sentence} (bad input, parts that do not combine) or {"failed": sentence,
+"trace": text}.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from formwright.errors import FormwrightError, require
 
@@ -21,6 +22,7 @@ Job = dict[str, Any]
 Answer = dict[str, Any]
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Runs jobs; `run` gives the place of a job in the list with its answer, in the order they finish."""
 
@@ -45,10 +47,10 @@ def pool(backend: str, workers: int | None, log: Path) -> Pool:
 
 
 class LocalPool:
-    """Persistent processes, so that torch is imported once each. One that dies costs its job alone, and is started anew.
+    """Persistent processes, so that torch is imported once each. One that dies costs its job alone.
 
-    The processes are in sessions of their own: an interrupt at the keyboard reaches the parent only. They end when their input does,
-    so none outlives a parent that was killed.
+    The processes are in sessions of their own: an interrupt at the keyboard reaches the parent only. They end when
+    their input does, so none outlives a parent that was killed.
 
     Args:
         workers: how many.
@@ -128,7 +130,8 @@ def _how(code: int) -> str:
 
 
 class RayPool:
-    """The same jobs as Ray tasks of one CPU each: on the cluster this process belongs to, that of $RAY_ADDRESS, or a local one.
+    """The same jobs as Ray tasks of one CPU each: on the cluster this process belongs to, that of $RAY_ADDRESS, or a
+    local one.
 
     Args:
         workers: CPUs of a local cluster; on another one, how many tasks are handed out at once.

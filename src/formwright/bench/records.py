@@ -1,7 +1,8 @@
 """The records of a run: one JSON line a finished trial, appended and never rewritten.
 
-A line is written in one piece and synced to the disk before the next trial is handed out, so a run killed at any moment has lost only
-trials that had not finished. A last line cut short by the kill is removed when the folder is opened again, and its trial runs again.
+A line is written in one piece and synced to the disk before the next trial is handed out, so a run killed at any
+moment has lost only trials that had not finished. A last line cut short by the kill is removed when the folder is
+opened again, and its trial runs again.
 """
 
 import base64
@@ -68,7 +69,7 @@ class Record:
     config: dict[str, Any]
     seed: int
     status: Status
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     params: int | None = None
     flops: int | None = None
     latency_ms: float | None = None
@@ -77,7 +78,7 @@ class Record:
     environment: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     purpose: Purpose = "compare"
-    curve: list[list[float]] = field(default_factory=list)
+    curve: list[list[Any]] = field(default_factory=list)
     items: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -298,9 +299,8 @@ def _cpu() -> tuple[str, list[str]]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine(), []
-    lines = dict(
-        (name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in text.splitlines()[:60])
-    )
+    pairs = (line.partition(":") for line in text.splitlines()[:60])
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
     flags = set((lines.get("flags") or lines.get("Features") or "").split())
     return lines.get("model name") or platform.machine(), [name for name in interesting if name in flags]
 

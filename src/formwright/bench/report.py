@@ -1,7 +1,7 @@
 """report.html: one file that opens without network.
 
-The table and its intervals are plain HTML and SVG, so they print and need no script; the curves and the cost plots are Plotly, whose
-library is embedded once. Everything that comes from a user or a record is escaped.
+The table and its intervals are plain HTML and SVG, so they print and need no script; the curves and the cost plots are
+Plotly, whose library is embedded once. Everything that comes from a user or a record is escaped.
 """
 
 import html
@@ -19,56 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#56B4E9", "#8
 SYMBOLS = ("circle", "diamond-open", "square", "triangle-up-open", "cross", "star-open", "hexagon", "x-open")
 DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
 INK, QUIET, RULE = "#1c1c1a", "#6b6a65", "#dedcd5"
-
-STYLE = """
-:root { color-scheme: light; --ink: #1c1c1a; --quiet: #6b6a65; --rule: #dedcd5; --paper: #fdfdfb; --tint: #f4f3ee; }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 17px/1.55 Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Georgia, serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 48px 28px 72px; }
-h1 { font-size: 34px; line-height: 1.15; font-weight: 600; margin: 0 0 20px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
-h2 { font-size: 20px; font-weight: 600; margin: 56px 0 4px; }
-p { margin: 0 0 12px; max-width: 46em; }
-.lead { font-size: 20px; line-height: 1.5; }
-.kicker, .note, dt, th, .small, .legend, .tag, code, pre, td, dd { font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
-.kicker { color: var(--quiet); font-size: 13px; letter-spacing: 0.02em; margin-bottom: 10px; }
-.note, .small { color: var(--quiet); font-size: 14px; line-height: 1.5; }
-dl.facts { display: flex; flex-wrap: wrap; gap: 10px 40px; margin: 28px 0 0; padding: 16px 0; border: solid var(--rule); border-width: 1px 0; }
-dl.facts div { min-width: 0; }
-dt { color: var(--quiet); font-size: 12.5px; }
-dd { margin: 0; font-size: 15px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 14px 0 0; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th { text-align: right; font-weight: 500; color: var(--quiet); font-size: 12.5px; padding: 6px 8px; border-bottom: 1px solid var(--ink); vertical-align: bottom; white-space: nowrap; }
-td { text-align: right; padding: 6px 8px; border-bottom: 1px solid var(--rule); white-space: nowrap; vertical-align: middle; }
-th.text, td.text { text-align: left; }
-th:first-child, td:first-child { padding-left: 0; position: sticky; left: 0; background: var(--paper); }
-tr.baseline td { background: var(--tint); font-weight: 600; }
-tr.baseline td:first-child { box-shadow: -10px 0 0 var(--tint); }
-tr.trivial td { color: var(--quiet); }
-td .tag { color: var(--quiet); font-size: 12px; font-weight: 400; margin-left: 6px; }
-td.reason { white-space: normal; min-width: 22em; }
-td.better { color: #00614a; } td.worse { color: #9c3f00; }
-.plain { color: var(--quiet); }
-svg.dots { display: block; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13.5px; margin: 12px 0 2px; padding: 0; list-style: none; }
-.legend li { display: flex; align-items: center; gap: 7px; overflow-wrap: anywhere; }
-.legend svg { flex: none; }
-.plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px 28px; margin-top: 6px; }
-figure { margin: 0; min-width: 0; break-inside: avoid; }
-figure .plotly-graph-div { width: 100%; }
-pre { background: var(--tint); padding: 12px 14px; font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 760px) {
-  body { font-size: 16px; } main { padding: 28px 16px 48px; } h1 { font-size: 27px; } .lead { font-size: 18px; }
-  .plots { grid-template-columns: minmax(0, 1fr); } dl.facts { gap: 8px 26px; }
-}
-@media print {
-  body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
-  table { font-size: 8.5pt; } th, td { padding: 3px 4px; } h2 { break-after: avoid; } tr { break-inside: avoid; }
-  th:first-child, td:first-child { position: static; }
-}
-"""
+STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def report(folder: str | Path) -> Path:
@@ -234,7 +185,7 @@ def _results(summary: Summary, style: _Styles) -> str:
     low, high = _range(summary)
     shown = lambda value: f"{100 * value:.3g}" if metric.percent else f"{value:.3g}"  # noqa: E731  # an axis label
     axis = (
-        f'<span style="display:flex;justify-content:space-between;width:150px"><span>{shown(low)}</span>'
+        f'<span style="display:flex;justify-content:space-between;width:130px"><span>{shown(low)}</span>'
         f"<span>{shown(high)}{' %' if metric.percent else ''}</span></span>"
     )
     heads = [
@@ -280,13 +231,15 @@ def _results(summary: Summary, style: _Styles) -> str:
         filled = "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in cells)
         lines.append(f"<tr{marked}>{filled}</tr>")
     for name, value in summary.trivial.items():
-        first = f'<td class="text" colspan="{max(1, len(summary.slots))}">{_text(name)} <span class="tag">no model</span></td>'
-        rest = "".join("<td></td>" for _ in heads[max(1, len(summary.slots)) + 1 :])
+        names = max(1, len(summary.slots))
+        first = f'<td class="text" colspan="{names}">{_text(name)} <span class="tag">no model</span></td>'
+        rest = "".join("<td></td>" for _ in heads[names + 1 :])
         lines.append(f'<tr class="trivial">{first}<td>{metric.show(value).removesuffix(" %")}</td>{rest}</tr>')
     note = (
-        "Dots are seeds, the tick their mean, the bar one standard error on either side; the thin line is the baseline's mean. "
-        "p is corrected by Holm's rule over all candidates. FLOPs and latency of one forward pass over an evaluation batch, latency "
-        "as a ratio to the baseline timed in turns with it; memory is the peak of one training step."
+        "Dots are seeds, the tick their mean, the bar one standard error on either side; the thin line is the "
+        "baseline's mean. p is corrected by Holm's rule over all candidates. FLOPs and latency of one forward pass "
+        "over an evaluation batch, latency as a ratio to the baseline timed in turns with it; memory is the peak of "
+        "one training step."
     )
     return (
         f'<section><h2>Results</h2><div class="scroll"><table id="results"><thead><tr>{head}</tr></thead>'
@@ -306,7 +259,7 @@ def _range(summary: Summary) -> tuple[float, float]:
 
 
 def _dots(row: Row, low: float, high: float, colour: str, summary: Summary) -> str:
-    wide, tall = 150, 20
+    wide, tall = 130, 20
 
     def x(value: float) -> float:
         return round(4 + (wide - 8) * (value - low) / (high - low), 1)
@@ -318,7 +271,8 @@ def _dots(row: Row, low: float, high: float, colour: str, summary: Summary) -> s
     if row.result.error is not None:
         left, right = x(row.result.mean - row.result.error), x(row.result.mean + row.result.error)
         drawn.append(
-            f'<rect x="{left}" y="6.500" width="{round(max(right - left, 0.5), 1)}" height="7" rx="1.500" fill="{colour}" fill-opacity="0.28"/>'
+            f'<rect x="{left}" y="6.500" width="{round(max(right - left, 0.5), 1)}" height="7" rx="1.500" '
+            f'fill="{colour}" fill-opacity="0.28"/>'
         )
     drawn += [f'<circle cx="{x(value)}" cy="10" r="2.300" fill="{colour}"/>' for value in row.result.values]
     at = x(row.result.mean)
@@ -414,15 +368,16 @@ def _costs(summary: Summary, style: _Styles) -> str:
             )
         layout = _layout(title, metric.name.replace("_", " ") + (", %" if metric.percent else ""))
         values = [x for x, _ in points]
+        named = list(dict.fromkeys([front[-1], front[0]]))  # the best and the cheapest
         if min(values) > 0 and max(values) > 8 * min(values):
             layout["xaxis"] |= {"type": "log", "dtick": "D2" if max(values) < 100 * min(values) else 1}
         elif max(values) - min(values) < 0.05 * max(values):  # matched: no false differences by zooming in
             middle = (max(values) + min(values)) / 2
             layout["xaxis"] |= {"range": [0.9 * middle, 1.1 * middle]}
+            named = named[:1]
         layout["xaxis"] |= {"exponentformat": "SI", "nticks": 6}
-        layout["annotations"] = _labels(
-            rows, points, front, layout["xaxis"].get("type") == "log", metric.higher_is_better
-        )
+        log = layout["xaxis"].get("type") == "log"
+        layout["annotations"] = _names(rows, points, named, log=log, up=metric.higher_is_better)
         figures.append(_figure(traces, layout, f"plot-{name}"))
     note = "The grey line joins what nothing else beats in both quality and cost. Bars are standard errors over seeds."
     return (
@@ -431,20 +386,24 @@ def _costs(summary: Summary, style: _Styles) -> str:
     )
 
 
-def _labels(
-    rows: Sequence[Row], points: Sequence[tuple[float, float]], front: Sequence[int], log: bool, up: bool
+def _names(
+    rows: Sequence[Row], points: Sequence[tuple[float, float]], named: Sequence[int], *, log: bool, up: bool
 ) -> list[dict[str, Any]]:
-    """The names of the cheapest and of the best point."""
-    chosen = dict.fromkeys([front[-1], front[0]])
+    """The labels of some points: the first beyond it, seen from the others, the second on the other side."""
     middle = sum(x for x, _ in points) / len(points)
     return [
         {
-            "x": math.log10(points[i][0]) if log else points[i][0], "y": points[i][1], "text": _text(rows[i].label),
-            "showarrow": False, "yshift": (14 if up else -14) * (1 if i == front[-1] else -1), "font": {"size": 12, "color": INK},
-            "xanchor": "left" if points[i][0] < middle else "right", "bgcolor": "rgba(253,253,251,0.75)",
+            "x": math.log10(points[i][0]) if log else points[i][0],
+            "y": points[i][1],
+            "text": _text(rows[i].label),
+            "showarrow": False,
+            "yshift": (14 if up else -14) * side,
+            "font": {"size": 12, "color": INK},
+            "xanchor": "left" if points[i][0] < middle else "right",
+            "bgcolor": "rgba(253,253,251,0.75)",
         }
-        for i in chosen
-    ]  # fmt: skip
+        for i, side in zip(named, (1, -1), strict=False)
+    ]
 
 
 def _curves(summary: Summary, style: _Styles) -> str:
@@ -475,7 +434,7 @@ def _gaps(summary: Summary) -> str:
         f'<td class="text reason">{_text(one.reason)}</td></tr>'
         for one in summary.missing
     )
-    head = '<th class="text">candidate</th><th class="text">status</th><th class="text">seeds</th><th class="text">why</th>'
+    head = "".join(f'<th class="text">{name}</th>' for name in ("candidate", "status", "seeds", "why"))
     return (
         '<section><h2>Without a result</h2><div class="scroll"><table id="missing"><thead><tr>'
         f"{head}</tr></thead><tbody>{lines}</tbody></table></div></section>"
@@ -487,18 +446,19 @@ def _method(summary: Summary) -> str:
     match = settings.get("match")
     counts = len([row for row in summary.rows if not row.baseline])
     said = [
-        "A seed sets the initial weights and the order of the data, the same for every candidate, and every candidate reads the same "
-        "held-out items, all of them, once.",
-        f"Differences from the baseline are tested by a two-sided paired t-test over seeds, corrected by Holm's rule for {counts} "
-        "comparisons. “Better” and “worse” need a corrected p below 0.05. “Likely” means that the same test over held-out items "
-        "(McNemar's for one seed, else a paired bootstrap) is below 0.05 after correction and that every seed agrees; it speaks of "
-        "these trained models, not of other seeds.",
+        "A seed sets the initial weights and the order of the data, the same for every candidate, and every "
+        "candidate reads the same held-out items, all of them, once.",
+        f"Differences from the baseline are tested by a two-sided paired t-test over seeds, corrected by Holm's rule "
+        f"for {counts} comparisons. “Better” and “worse” need a corrected p below 0.05. “Likely” means that the same "
+        "test over held-out items (McNemar's for one seed, else a paired bootstrap) is below 0.05 after correction "
+        "and that every seed agrees; it speaks of these trained models, not of other seeds.",
     ]
     if match in ("params", "flops"):
         tolerance = "1 % of the baseline's parameters" if match == "params" else "2 % of the baseline's FLOPs"
         widths = ", ".join(f"{row.label} {_widths(row)}" for row in summary.rows if row.widths)
         said.append(
-            f"Widths were chosen so that every candidate is within {tolerance}; checked before training. Widths: {widths}."
+            f"Widths were chosen so that every candidate is within {tolerance}; checked before training. Widths: "
+            f"{widths}."
         )
     if settings.get("learning_rates"):
         said.append("Every candidate trained at the best of its own learning rates, chosen on its first seed.")

@@ -1,10 +1,10 @@
 """What seeds and items can tell apart.
 
-Seeds    Candidate and baseline share a seed's data order, so their differences are tested in pairs: t = mean / (std / sqrt(n)).
-         Several candidates against one baseline are corrected by Holm's step-down rule.
-Items    All see the same held-out items, so the difference is also tested over items: McNemar's exact test for right or wrong in one
-         seed, otherwise a paired bootstrap of each item's mean over the seeds. It says whether these trained models differ, not
-         whether other seeds would.
+Seeds    Candidate and baseline share a seed's data order, so their differences are tested in pairs: t is the
+         mean over std / sqrt(n). Several candidates against one baseline are corrected by Holm's step-down rule.
+Items    All see the same held-out items, so the difference is also tested over items: McNemar's exact test for right
+         or wrong in one seed, otherwise a paired bootstrap of each item's mean over the seeds. It says whether these
+         trained models differ, not whether other seeds would.
 Power    The smallest difference n pairs find with 80 % power, in units of the std of the differences,
          averaged over the scatter of their estimated std.
 """
@@ -20,10 +20,10 @@ from formwright.errors import require
 
 LEVEL = 0.05
 
-Word = Literal["better", "likely better", "no difference found", "likely worse", "worse"]
+Word = Literal["better", "likely better", "not told apart", "likely worse", "worse"]
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_error(values: Sequence[int | float] | np.ndarray) -> tuple[float, float | None]:
     """The mean and its standard error; one value has none."""
     array = np.asarray(values, dtype=float)
     if len(array) == 0:
@@ -38,7 +38,8 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
         return None
     spread = difference.std(ddof=1) / len(difference) ** 0.5
     if spread <= 1e-9 * max(abs(difference).max(), 1e-9):
-        # No scatter: the test is not defined. Two seeds that agree to the last item of a small test set are chance, not proof.
+        # No scatter: the test is not defined. Two seeds that agree to the last item of a small test set are chance,
+        # not proof.
         return None if difference.any() else 1.0
     stats = require("scipy.stats", extra="report")
     return float(2 * stats.t.sf(abs(difference.mean() / spread), len(difference) - 1))
@@ -55,7 +56,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def mcnemar(ours: Sequence[int | float] | np.ndarray, theirs: Sequence[int | float] | np.ndarray) -> float:
     """Exact two-sided p over the items only one of the two got right."""
     a, b = np.asarray(ours, dtype=bool), np.asarray(theirs, dtype=bool)
     won, lost = int((a & ~b).sum()), int((~a & b).sum())
@@ -97,7 +98,7 @@ def detectable(pairs: int, comparisons: int = 1, power: float = 0.8) -> float | 
     optimize = require("scipy.optimize", extra="report")
     freedom = pairs - 1
     limit = stats.t.isf(LEVEL / comparisons / 2, freedom)
-    # scipy's noncentral t is NaN for one degree of freedom: average the normal over quantiles of the sample's std instead.
+    # scipy's noncentral t is NaN for one degree of freedom: average the normal over quantiles of the std instead.
     scatter = np.sqrt(stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, freedom) / freedom)
 
     def missing(size: float) -> float:
@@ -179,7 +180,7 @@ def word(gains: np.ndarray, p: float | None, p_items: float | None) -> Word:
     agree = len(gains) > 0 and ((gains > 0).all() or (gains < 0).all())
     if agree and p_items is not None and p_items < LEVEL:
         return "likely better" if gains.mean() > 0 else "likely worse"
-    return "no difference found"
+    return "not told apart"
 
 
 def _items_test(theirs: dict[int, np.ndarray], ours: dict[int, np.ndarray]) -> float | None:

@@ -115,15 +115,16 @@ class Summary:
             return [f"No trial on {self.task} has finished."]
         best, base = self.rows[0], self.baseline
         found = [
-            f"On {self.task}{_budget(self)}, {best.label} did best: {self.metric.name} {self.metric.interval(best.result.mean, best.result.error)}"
-            f" over {_count(len(best.seeds), 'seed')}."
+            f"On {self.task}{_budget(self)}, {best.label} did best: {self.metric.name} "
+            f"{self.metric.interval(best.result.mean, best.result.error)} over {_count(len(best.seeds), 'seed')}."
         ]
         if base is None:
             found.append("The baseline has no result, so nothing could be tested against it.")
             return found
         if best is not base:
             found.append(
-                f"The baseline {base.label} reached {self.metric.interval(base.result.mean, base.result.error)}; {_verdict(self, best)}."
+                f"The baseline {base.label} reached {self.metric.interval(base.result.mean, base.result.error)}; "
+                f"{_verdict(self, best)}."
             )
         else:
             found.append("It is the baseline.")
@@ -134,7 +135,7 @@ class Summary:
                 for one in ("better", "likely better", "likely worse", "worse")
                 if others.count(one)
             ]
-            rest = others.count("no difference found")
+            rest = others.count("not told apart")
             parts = [f"{number} {'is' if number == 1 else 'are'} {one}" for one, number in told]
             parts += [f"{rest} cannot be told apart from it"] if rest else []
             found.append(f"Of the {_count(len(others), 'other')}, {_and(parts)}.")
@@ -163,7 +164,8 @@ class Summary:
             if sign * self.rows[0].result.mean <= sign * self.trivial[best]:
                 shown = self.metric.show(self.trivial[best])
                 said.append(
-                    f"No candidate beats {best} ({shown}), which needs no Transformer: the ranking says little at this budget."
+                    f"No candidate beats {best} ({shown}), which needs no Transformer: the ranking says little at "
+                    f"this budget."
                 )
         if self.finished < self.planned:
             said.append(
@@ -283,7 +285,7 @@ def _missing(groups: dict[str, list[Record]], metric: Metric) -> list[Missing]:
     return sorted(found, key=lambda one: one.status)
 
 
-def _curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[tuple[float, float], ...]:
+def _curve(curves: Sequence[Sequence[Sequence[int | float | None]]]) -> tuple[tuple[float, float], ...]:
     """The mean over seeds, in at most POINTS points, each the mean of the steps since the one before."""
     lengths = {len(curve) for curve in curves}
     if not curves or len(lengths) != 1:
@@ -311,7 +313,7 @@ def _verdict(summary: Summary, best: Row) -> str:
     if result.difference is None:
         return "they share no seed, so the difference was not tested"
     gap = size(abs(result.difference))
-    if result.word == "no difference found":
+    if result.word == "not told apart":
         tested = "" if result.p is None else f" (corrected p = {show_p(result.p)})"
         return f"{_count(len(best.seeds), 'seed')} cannot tell the {gap} between them from chance{tested}"
     if result.word in ("better", "worse"):
@@ -342,7 +344,7 @@ def _and(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def si(value: float | None) -> str:
+def si(value: int | float | None) -> str:
     """Three digits and a prefix: 52.1 k, 3.40 G."""
     if value is None:
         return "–"

@@ -99,7 +99,7 @@ def size(
     config: dict[str, Any],
     rows: int,
     match: str = "none",
-    target: float | None = None,
+    target: int | float | None = None,
     held: list[str] | None = None,
 ) -> dict[str, Any]:
     """The candidate's cost, after its widths were matched to the target.
@@ -129,7 +129,7 @@ def size(
     return {"config": config, "ratio": ratio, **asdict(found)}
 
 
-def _budget(task: Task, config: dict[str, Any], batch: Mapping[str, torch.Tensor], match: str) -> float:
+def _budget(task: Task, config: dict[str, Any], batch: Mapping[str, torch.Tensor], match: str) -> int:
     """Counted without memory where the parts allow it."""
     try:
         with torch.device("meta"):
@@ -210,7 +210,7 @@ def _per_item(task: Task, items: Any) -> torch.Tensor:
     return items.loss / items.cells.clamp(min=1)
 
 
-def _thin(losses: list[float]) -> list[list[float]]:
+def _thin(losses: list[float]) -> list[list[int | float]]:
     """[last step, mean loss] of at most POINTS pieces."""
     pieces = min(POINTS, len(losses))
     ends = [round((i + 1) * len(losses) / pieces) for i in range(pieces)]

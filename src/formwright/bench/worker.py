@@ -1,4 +1,4 @@
-"""A worker process: one job a line on standard input, one answer a line on standard output (`python -m formwright.bench.worker`)."""
+"""A worker process, `python -m formwright.bench.worker`: jobs in, answers out, one a line of JSON."""
 
 import json
 import os

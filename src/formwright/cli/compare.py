@@ -28,8 +28,9 @@ def compare(
     vary: Annotated[
         list[str],
         typer.Option(
-            help="SLOT=first,second: mixer, position, feedforward, norm, block, init, or a field of the configuration or the "
-            "training. A value may have options, softmax(dropout=0.1); [mamba,mamba,softmax] is a pattern over the layers. Repeat it."
+            help="SLOT=first,second: mixer, position, feedforward, norm, block, init, or a field of the model's "
+            "configuration or of the training. A value may have options, softmax(dropout=0.1); [mamba,mamba,softmax] "
+            "is a pattern over the layers. May be repeated."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on where a stopped one was.")],
@@ -50,7 +51,7 @@ def compare(
 ) -> None:
     """Compare parts of a Transformer on a task, at equal parameters or FLOPs.
 
-    Example: formwright compare --task digits --vary mixer=softmax,aft,mamba --vary position=learned,sinusoidal --out runs/digits
+    Example: formwright compare --task digits --vary mixer=softmax,aft,mamba --out runs/digits
 
     Exit status: 0 done, 1 a trial failed, 2 bad input, 130 interrupted.
     """

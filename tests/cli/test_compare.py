@@ -1,0 +1,100 @@
+"""`formwright compare` and `formwright report`: what they print, and with which status they end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+pytest.importorskip("plotly")
+
+SMALL = ["--task", "digits(examples=128)", "--vary", "hidden_size=16", "--vary", "num_hidden_layers=1", "--steps", "3"]
+
+
+def formwright(*arguments):
+    program = [sys.executable, "-c", "from formwright.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "new" / "digits"
+    grid = ["--vary", "mixer=softmax,aft", "--vary", "position=learned(std=1.0),rope"]
+    done = formwright("compare", *SMALL, *grid, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_compare_prints_the_table_and_writes_the_report(run):
+    folder, done = run
+    for said in ("softmax", "aft", "learned(std=1.0)", "baseline", "majority", "report.html", "unsupported"):
+        assert said in done.stdout
+    assert (folder / "report.html").stat().st_size > 1e6
+    assert "seed 0" in done.stderr
+
+
+def test_compare_and_report_print_the_same_json(run):
+    folder, _ = run
+    found = json.loads(formwright("report", folder, "--json").stdout)
+    labels = {row["label"] for row in found["rows"]}
+    assert labels == {"softmax · learned(std=1.0)", "softmax · rope", "aft · learned(std=1.0)"}
+    assert found["missing"][0]["status"] == "unsupported"
+
+
+def test_a_failed_trial_is_status_one(tmp_path):
+    done = formwright("compare", *SMALL, "--vary", "learning_rate=0.001,1e30", "--seeds", 1, "--out", tmp_path)
+    assert done.returncode == 1
+    assert "failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--vary", "mixer"], "write SLOT=first,second"),
+        (["--vary", "mixer=softmax", "--vary", "mixer=aft"], "given twice"),
+        (["--vary", "mixer=softmax,nothing"], "No mixer is called 'nothing'"),
+        (["--vary", "mixer=softmax,aft", "--learning-rates", "fast"], "write 0.001,0.002,0.004"),
+        (["--vary", "mixer=softmax,aft", "--data", "/nowhere", "--task", "mnist"], "mnist|MNIST|nowhere"),
+    ],
+)
+def test_bad_input_is_status_two_and_one_sentence(tmp_path, arguments, says):
+    task = [] if "--task" in arguments else ["--task", "digits"]
+    done = formwright("compare", *task, *arguments, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert re.search(says, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_report_of_no_run_is_status_two(tmp_path):
+    done = formwright("report", tmp_path)
+    assert done.returncode == 2
+    assert "holds no comparison" in done.stderr
+
+
+def test_help_has_an_example():
+    for command in ("compare", "report"):
+        assert f"formwright {command} " in formwright(command, "--help").stdout
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
+    arguments = ["compare", *SMALL[:-1], "60", "--vary", "mixer=softmax,aft", "--seeds", "4", "--out", str(tmp_path)]
+    program = [sys.executable, "-c", "from formwright.cli import main; main()", *arguments]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 200
+    path = tmp_path / "records.jsonl"
+    while (not path.exists() or not path.read_bytes().count(b"\n")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    count = path.read_bytes().count(b"\n")
+    assert 1 <= count < 8
+    assert f"{count} finished trials are saved" in errors
+    assert "--vary mixer=softmax,aft" in errors
