@@ -129,6 +129,7 @@ def image_config(size: int, patch_size: int, channels: int, classes: Sequence[st
     return {
         "architecture": "encoder",
         "embedding": "patch",
+        "vocab_size": 0,  # no table of ids
         "image_size": size,
         "patch_size": patch_size,
         "num_channels": channels,
