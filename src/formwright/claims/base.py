@@ -3,14 +3,12 @@
 import concurrent.futures
 import hashlib
 import importlib
-import importlib.metadata
 import inspect
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import statistics
 import threading
 import time
@@ -254,6 +252,8 @@ def evidence(of: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     Raises:
         FormwrightError: a seed is missing or the scales differ.
     """
+    from formwright.bench.records import environment
+
     by_seed = {outcome.seed: outcome for outcome in outcomes}
     scales = {outcome.scale for outcome in outcomes}
     if set(by_seed) != set(of.seeds) or len(scales) != 1:
@@ -291,9 +291,3 @@ def _summary(rows: Sequence[Mapping[str, float | int]], shows: tuple[str, ...]) 
         name: {"mean": statistics.fmean(values), "std": statistics.stdev(values), "values": values}
         for name, values in columns.items()
     }
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the libraries, as far as they move a result."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    return {"python": platform.python_version(), **versions, "machine": platform.machine(), "cores": os.cpu_count()}
