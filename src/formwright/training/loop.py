@@ -37,7 +37,7 @@ class History:
     """
 
     losses: list[float]
-    curve: list[dict[str, float]]
+    curve: list[dict[str, float | int]]
     seconds: float
     extras: dict[str, list[float]] = field(default_factory=dict)
 
@@ -75,8 +75,8 @@ def fit(
 
     Raises:
         FormwrightError: the training rows are fewer than a batch, the batch does not divide among the processes, a
-            checkpoint of other
-            settings lies in the folder, `save_every` comes without a folder, or the loss is no number any more.
+            checkpoint of other settings lies in the folder, `save_every` comes without a folder, or the loss is no
+            number any more.
     """
     require("accelerate", extra="train")
     if settings.save_every and folder is None:
@@ -222,12 +222,19 @@ def _check(task: Trainable, settings: Settings, losses: list[float], first: int 
 
 
 class _quiet:
-    """The Trainer's own notes are for people who watch it alone."""
+    """The Trainer's own notes and bars are for people who watch it alone."""
 
     def __enter__(self) -> None:
-        self.logger = logging.getLogger("transformers.trainer")
+        from transformers.utils import logging as theirs
+
+        self.logger, self.bars = logging.getLogger("transformers.trainer"), theirs.is_progress_bar_enabled()
         self.level = self.logger.level
         self.logger.setLevel(logging.ERROR)
+        theirs.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as theirs
+
         self.logger.setLevel(self.level)
+        if self.bars:
+            theirs.enable_progress_bar()

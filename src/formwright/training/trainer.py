@@ -83,7 +83,8 @@ class FormwrightTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             assert num_training_steps == self.settings.steps
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.settings.rate)
+            # a plain function, which a checkpoint leaves out; anything else it would pickle
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: self.settings.rate(step))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
