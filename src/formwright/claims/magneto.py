@@ -1,5 +1,5 @@
-"""Claims: sub-LN with its initialisation stands the learning rates that pre- and post-norm stand and ends with the lowest
-loss; and one step changes the model by the same amount at any depth.
+"""Claims: sub-LN with its initialisation stands the learning rates that pre- and post-norm stand and ends with the
+lowest loss; and one step changes the model by the same amount at any depth.
 
 Paper  GPT, BERT, translation, vision and speech: at least the better of pre- and post-norm in each, trained at higher
        learning rates than either stands. The second is its theory: an update of order one, whatever the depth.

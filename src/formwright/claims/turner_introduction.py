@@ -87,8 +87,8 @@ CLAIMS = [
         shows=("two layers", "unigram", "bigram"),
     ),
     Claim(
-        statement="Normalising before the stages, a deeper model trains without warm-up where normalising after them is "
-        "worse.",
+        statement="Normalising before the stages, a deeper model trains without warm-up where normalising after them "
+        "is worse.",
         paper={"where": "no figure; section 3 calls it the usual choice"},
         rule="loss = nats a byte on the test text; holds: in every seed pre-norm's is at least 0.1 lower; holds in "
         "direction: pre-norm's mean is lower.",
