@@ -4,14 +4,21 @@ import os
 import subprocess
 import sys
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
 
-from formwright.conformance.tracing import untyped
 from formwright.ops import native
 from formwright.ops import selective_scan as ops
 from formwright.ops.selective_scan import selective_scan, selective_scan_chunked, selective_scan_reference
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """No shape checks: they wrap functions in code that dynamo cannot trace."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
 
 needs_native = pytest.mark.skipif(native.library() is None, reason=f"The native kernels are {native.describe()}.")
 SIZES = [(1, 1, 1, 1), (2, 7, 5, 3), (2, 63, 9, 16), (1, 300, 33, 4), (5, 65, 8, 16)]  # b, l, c, n
@@ -204,16 +211,16 @@ def test_the_operator_refuses_other_types():
 
 
 @needs_native
+@pytest.mark.usefixtures("untyped")
 def test_compiles_without_a_break_with_gradients():
-    with untyped():
-        compiled = torch.compile(
-            lambda *v: selective_scan(*v[:6], state=v[6]), fullgraph=True, dynamic=True, backend="aot_eager"
-        )
-        for size in [(2, 7, 5, 3), (2, 70, 9, 16)]:
-            values = inputs(*size)
-            ours = outputs_and_gradients(lambda *v, state: compiled(*v, state), values)
-            theirs = outputs_and_gradients(selective_scan_reference, [value.double() for value in values])
-            assert_same(ours, theirs, 3e-6)
+    compiled = torch.compile(
+        lambda *v: selective_scan(*v[:6], state=v[6]), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for size in [(2, 7, 5, 3), (2, 70, 9, 16)]:
+        values = inputs(*size)
+        ours = outputs_and_gradients(lambda *v, state: compiled(*v, state), values)
+        theirs = outputs_and_gradients(selective_scan_reference, [value.double() for value in values])
+        assert_same(ours, theirs, 3e-6)
 
 
 @needs_native

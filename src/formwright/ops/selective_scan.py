@@ -18,7 +18,6 @@ Three ways to the same numbers:
 Axes     b batch, l tokens, c channels, n states. The hidden states (b, l, c, n) are never stored whole by the last two.
 """
 
-import ctypes
 import math
 from contextlib import nullcontext
 from typing import Literal, get_args
@@ -29,14 +28,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from formwright.ops.native import library
+from formwright.ops import native
 
 Discretization = Literal["euler", "zoh"]
 
 PIECE = 8  # tokens that one piece of a chunk scans one after the other, all pieces at once
 CHUNK_ELEMENTS = 1 << 19  # hidden-state elements of one chunk, about a processor's second-level cache
 NATIVE_CHUNK = 32  # tokens of which the kernel keeps the states in its cache
-NATIVE = library()
+FORWARD = native.function("formwright_scan_forward", tensors=10, numbers=6)
+BACKWARD = native.function("formwright_scan_backward", tensors=16, numbers=7)
+GROUPS = native.function("formwright_scan_groups", tensors=0, numbers=3)
 
 
 def selective_scan_reference(
@@ -93,7 +94,7 @@ def selective_scan(
     """
     if x.shape[1] == 1:
         return selective_scan_reference(x, delta, A, B, C, D, state=state, discretization=discretization)
-    if NATIVE is not None and discretization == "euler" and _plain_cpu(x, delta, A, B, C):
+    if FORWARD is not None and discretization == "euler" and _plain_cpu(x, delta, A, B, C):
         return selective_scan_native(x, delta, A, B, C, D, state=state)
     return selective_scan_chunked(x, delta, A, B, C, D, state=state, discretization=discretization)
 
@@ -258,12 +259,8 @@ def selective_scan_native(
     return y, final
 
 
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-
-
-def _numbers(*numbers: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(number) for number in numbers]
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _ready(*tensors: Tensor) -> list[Tensor]:
@@ -283,8 +280,8 @@ def _native_forward(
     inputs = _ready(x, delta, A, B, C, D, state)
     (batch, length, channels), states = x.shape, A.shape[1]
     outputs = x.new_empty(x.shape), x.new_empty(state.shape), x.new_empty(_borders_shape(x, A))
-    sizes = _numbers(batch, length, channels, states, NATIVE_CHUNK, torch.get_num_threads())
-    if NATIVE.formwright_scan_forward(*_pointers(*inputs, *outputs), *sizes):
+    sizes = batch, length, channels, states, NATIVE_CHUNK, torch.get_num_threads()
+    if FORWARD(*_pointers(*inputs, *outputs), *sizes):
         raise MemoryError("The selective scan found no memory for its buffers.")
     return outputs
 
@@ -313,13 +310,12 @@ def _native_backward(
     """Gradients of x, delta, A, B, C, D and the first state."""
     inputs = _ready(x, delta, A, B, C, D, borders, grad_y, grad_final)
     (batch, length, channels), states, threads = x.shape, A.shape[1], torch.get_num_threads()
-    NATIVE.formwright_scan_groups.restype = ctypes.c_int64
-    groups = NATIVE.formwright_scan_groups(*_numbers(batch, channels, threads))
+    groups = GROUPS(batch, channels, threads)
     dx, ddelta, dstate = x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(batch, channels, states)
     dB, dC = (x.new_empty(batch, groups, length, states) for _ in range(2))
     dA, dD = x.new_empty(batch, channels, states), x.new_empty(batch, channels)
-    sizes = _numbers(batch, length, channels, states, NATIVE_CHUNK, groups, threads)
-    if NATIVE.formwright_scan_backward(*_pointers(*inputs, dx, ddelta, dA, dB, dC, dD, dstate), *sizes):
+    sizes = batch, length, channels, states, NATIVE_CHUNK, groups, threads
+    if BACKWARD(*_pointers(*inputs, dx, ddelta, dA, dB, dC, dD, dstate), *sizes):
         raise MemoryError("The selective scan found no memory for its buffers.")
     return dx, ddelta, dA.sum(0), dB.sum(1), dC.sum(1), dD.sum(0), dstate
 

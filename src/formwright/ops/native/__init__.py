@@ -7,6 +7,7 @@ switches them off.
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Our kernels share torch's OpenMP threads: the name of its runtime is resolved to the copy that torch has loaded.
@@ -21,14 +22,26 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("FORMWRIGHT_NATIVE") == "0":
         return None, "switched off by FORMWRIGHT_NATIVE=0"
     files = sorted(path for path in Path(__file__).parent.glob("_kernels*") if path.suffix in SUFFIXES)
-    if not files:
-        return None, "not built: reinstall formwright where a C++17 compiler is found"
-    try:
-        found = ctypes.CDLL(str(files[0]))
-        found.formwright_instruction_set.restype = ctypes.c_char_p
-        return found, f"in use, {found.formwright_instruction_set().decode()}"
-    except (OSError, AttributeError) as wrong:
-        return None, f"not usable, reinstall formwright: {wrong}"
+    wrong = "not built: reinstall formwright where a C++17 compiler is found"
+    for path in files:
+        try:
+            found = ctypes.CDLL(str(path))
+            found["formwright_mamba_step"]  # the newest of the functions: a library from before it is not used
+            found.formwright_instruction_set.restype = ctypes.c_char_p
+            return found, f"in use, {found.formwright_instruction_set().decode()}"
+        except (OSError, AttributeError) as fault:
+            wrong = f"not usable, reinstall formwright: {fault}"
+    return None, wrong
+
+
+def function(name: str, *, tensors: int, numbers: int) -> Callable[..., int] | None:
+    """A kernel of so many data pointers and then so many 64-bit integers, plain ints all; none without the library."""
+    found = library()
+    if found is None:
+        return None
+    kernel = found[name]
+    kernel.argtypes, kernel.restype = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * numbers, ctypes.c_int64
+    return kernel
 
 
 def library() -> ctypes.CDLL | None:

@@ -1,57 +1,16 @@
-// The arithmetic of the selective scan for one instruction set. No include guard: selective_scan.cpp includes it once for each set,
-// inside a namespace of its own, with FORMWRIGHT_LANES floats to a vector. One vector holds neighbouring channels; the state axis is a
-// loop. Nothing here may instantiate a library template: its code would be shared between instruction sets by the linker.
-//
-// Layouts, innermost axis last: scratch rows [steps][lanes], states and A [states][lanes], B and C [steps][states].
-
-constexpr int64_t lanes = FORMWRIGHT_LANES;
-typedef float Vector __attribute__((vector_size(FORMWRIGHT_LANES * 4)));
-typedef uint32_t Bits __attribute__((vector_size(FORMWRIGHT_LANES * 4)));
-
-static inline Vector load(const float *from) {
-    Vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-static inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
-
-// 2^z to 1 ulp. Rounding z to an integer by adding 1.5 * 2^23 leaves that integer in the low bits, where it is shifted into the exponent;
-// the rest, in [-1/2, 1/2], goes through a polynomial of degree 6. Below 2^-125 and above 2^127 it saturates.
-static inline Vector exp2(Vector z) {
-    const Vector low = Vector{} - 125.0f, high = Vector{} + 127.0f, round = Vector{} + 12582912.0f;
-    z = z < low ? low : z;
-    z = z > high ? high : z;
-    const Vector shifted = z + round;
-    const Vector f = z - (shifted - round);
-    Vector p = f * 1.5461445e-4f + 1.3400428e-3f;
-    p = p * f + 9.6180567e-3f;
-    p = p * f + 5.5503272e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314721e-1f;
-    p = p * f + 1.0f;
-    return (Vector)((Bits)p + ((Bits)shifted << 23));
-}
+// The arithmetic of the selective scan for one instruction set (see instruction_sets.h). One vector holds neighbouring channels; the state
+// axis is a loop. Layouts, innermost axis last: scratch rows [steps][lanes], states and A [states][lanes], B and C [steps][states].
 
 // Rows of `count` channels out of a (rows, channels) array into scratch rows of a full vector, the rest zero; and back.
 static inline void gather(float *scratch, const float *from, int64_t rows, int64_t channels, int64_t count) {
     for (int64_t t = 0; t < rows; ++t, from += channels, scratch += lanes) {
-        if (count == lanes) {
-            store(scratch, load(from));
-        } else {
-            store(scratch, Vector{});
-            for (int64_t i = 0; i < count; ++i) scratch[i] = from[i];
-        }
+        store(scratch, load(from, count));
     }
 }
 
 static inline void scatter(float *to, const float *scratch, int64_t rows, int64_t channels, int64_t count) {
     for (int64_t t = 0; t < rows; ++t, to += channels, scratch += lanes) {
-        if (count == lanes) {
-            store(to, load(scratch));
-        } else {
-            for (int64_t i = 0; i < count; ++i) to[i] = scratch[i];
-        }
+        store(to, load(scratch), count);
     }
 }
 
@@ -66,10 +25,10 @@ static inline void transpose_back(float *to, const float *from, int64_t states, 
         for (int64_t i = 0; i < count; ++i) to[i * states + s] = from[s * lanes + i];
 }
 
-static int64_t forward_scratch(const Sizes &z) { return lanes * (2 * z.states + 3 * z.chunk); }
+static int64_t scan_forward_scratch(const Sizes &z) { return lanes * (2 * z.states + 3 * z.chunk); }
 
 // Channels [first, first + lanes) of one sequence from beginning to end.
-static void forward(const Sizes &z, const Inputs &in, const Outputs &out, int64_t b, int64_t first, float *scratch) {
+static void scan_forward(const Sizes &z, const Inputs &in, const Outputs &out, int64_t b, int64_t first, float *scratch) {
     const int64_t n = z.states, count = z.channels - first < lanes ? z.channels - first : lanes;
     float *decay = scratch, *h = decay + n * lanes, *x = h + n * lanes, *delta = x + z.chunk * lanes, *y = delta + z.chunk * lanes;
     transpose(decay, in.A + first * n, n, count, log2_e);
@@ -85,13 +44,13 @@ static void forward(const Sizes &z, const Inputs &in, const Outputs &out, int64_
         gather(delta, in.delta + at, steps, z.channels, count);
         for (int64_t t = 0; t < steps; ++t, B += n, C += n) {
             const Vector d = load(delta + t * lanes), dx = d * load(x + t * lanes);
-            Vector sum = load(skip) * load(x + t * lanes);
+            Vector y_t = load(skip) * load(x + t * lanes);
             for (int64_t s = 0; s < n; ++s) {
                 const Vector next = exp2(d * load(decay + s * lanes)) * load(h + s * lanes) + dx * B[s];
                 store(h + s * lanes, next);
-                sum += next * C[s];
+                y_t += next * C[s];
             }
-            store(y + t * lanes, sum);
+            store(y + t * lanes, y_t);
         }
         scatter(out.y + at, y, steps, z.channels, count);
     }
@@ -100,13 +59,13 @@ static void forward(const Sizes &z, const Inputs &in, const Outputs &out, int64_
 }
 
 // Per block of channels: A, A log2(e), dA, g and skip, dskip; once: a, h, dB, dC of a chunk and x, delta, dy, dx, ddelta rows.
-static int64_t backward_scratch(const Sizes &z, int64_t blocks) {
+static int64_t scan_backward_scratch(const Sizes &z, int64_t blocks) {
     return lanes * (blocks * (4 * z.states + 2) + 4 * z.chunk * z.states + z.states + 5 * z.chunk);
 }
 
 // Every `groups`-th block of channels, from `group` on, of one sequence: from the last chunk to the first, each recomputed from the
 // state at its start. The blocks of a chunk follow one another, so that dB and dC are summed over channels in one small buffer.
-static void backward(
+static void scan_backward(
     const Sizes &z, const Inputs &in, const Gradients &grad, int64_t b, int64_t group, int64_t groups, float *scratch
 ) {
     const int64_t n = z.states, row = n * lanes, all = (z.channels + lanes - 1) / lanes;
@@ -176,13 +135,8 @@ static void backward(
         float *to_B = grad.dB + ((b * groups + group) * z.length + start) * n;
         float *to_C = grad.dC + ((b * groups + group) * z.length + start) * n;
         for (int64_t i = 0; i < steps * n; ++i) {
-            float sum_B = 0.0f, sum_C = 0.0f;
-            for (int64_t lane = 0; lane < lanes; ++lane) {
-                sum_B += dB[i * lanes + lane];
-                sum_C += dC[i * lanes + lane];
-            }
-            to_B[i] = sum_B;
-            to_C[i] = sum_C;
+            to_B[i] = sum(load(dB + i * lanes));
+            to_C[i] = sum(load(dC + i * lanes));
         }
     }
     for (int64_t j = 0; j < blocks; ++j) {

@@ -22,12 +22,13 @@ import math
 from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 
 from formwright.contracts import SCORE_HOOKS, Context, Hook, hooks, refuse
+from formwright.ops.mamba import can_step, causal_conv_silu, mamba_step
 from formwright.ops.selective_scan import Discretization, selective_scan
 from formwright.parts.norm.init import is_loaded
 
@@ -102,18 +103,26 @@ class Mamba(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], context: Context) -> Float[Tensor, "b n d"]:
         self.check(context)
         real, cache = context.real, context.cache
-        kept = None if cache is None else cache.state
         # A padded token must reach neither the convolution's neighbours nor, through its bias, the state: zero twice.
-        x = x if real is None else x * real[..., None]
-        x, z = self.in_proj(x).chunk(2, -1)  # (b, n, c) each
-        taps = self.conv1d.kernel_size[0]
-        window = F.pad(x, (0, 0, taps - 1, 0)) if kept is None else torch.cat([kept[0].to(x.dtype), x], 1)
-        x = F.silu(self.conv1d(window.transpose(1, 2)).transpose(1, 2))
-        x = x if real is None else x * real[..., None]
-        y, h = self.scan(x, None if kept is None else kept[1])
+        xz = self.in_proj(x if real is None else x * real[..., None])  # (b, n, 2 c)
+        window, h = (None, None) if cache is None or cache.state is None else cache.state
+        if window is not None and self.discretization == "euler" and can_step(xz, self.A_log, window):
+            y, window, h = self.step(xz, window, h, real)
+        else:
+            x, z = xz.chunk(2, -1)
+            seen = x if window is None else torch.cat([window.to(x.dtype), x], 1)
+            x = causal_conv_silu(seen, self.conv1d.weight, self.conv1d.bias)[:, seen.shape[1] - x.shape[1] :]
+            y, h = self.scan(x if real is None else x * real[..., None], h)
+            y = y.to(z.dtype) * F.silu(z)
+            window = None if cache is None else self.window(seen)
         if cache is not None:
-            cache.write(window[:, window.shape[1] - taps + 1 :].clone(), h, tokens=z.shape[1])
-        return self.out_proj(self.inner(y.to(z.dtype) * F.silu(z)))
+            cache.write(window, h, tokens=xz.shape[1])
+        return self.out_proj(self.inner(y))
+
+    def window(self, seen: Float[Tensor, "b l c"]) -> Float[Tensor, "b kept c"]:
+        """The inputs that the convolution of the next token reads, zeros before the first."""
+        kept = self.conv1d.kernel_size[0] - 1
+        return F.pad(seen, (0, 0, kept, 0))[:, seen.shape[1] :].clone()
 
     def scan(
         self, x: Float[Tensor, "b n c"], state: Float[Tensor, "b c s"] | None
@@ -126,6 +135,28 @@ class Mamba(nn.Module):
         A = -self.A_log.to(wide).exp()
         maps = (values.to(wide) for values in (B, C, self.D))
         return selective_scan(x.to(wide), delta, A, *maps, state=state, discretization=self.discretization)
+
+    def step(
+        self,
+        xz: Float[Tensor, "b 1 two_c"],
+        window: Float[Tensor, "b kept c"],
+        state: Float[Tensor, "b c s"],
+        real: Bool[Tensor, "b 1"] | None,
+    ) -> tuple[Float[Tensor, "b 1 c"], Float[Tensor, "b kept c"], Float[Tensor, "b c s"]]:
+        """All between the projections for one token, in one call."""
+        return mamba_step(
+            xz,
+            window,
+            state,
+            conv_weight=self.conv1d.weight,
+            conv_bias=self.conv1d.bias,
+            x_weight=self.x_proj.weight,
+            dt_weight=self.dt_proj.weight,
+            dt_bias=self.dt_proj.bias,
+            A_log=self.A_log,
+            D=self.D,
+            real=real,
+        )
 
     def check(self, context: Context) -> None:
         """Refuse before any work what cannot be honoured."""
