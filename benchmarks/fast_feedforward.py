@@ -1,19 +1,19 @@
 """FFF at inference against the dense layer of the same training width: one interleaved run, medians.
 
-    python benchmarks/fast_feedforward.py [--dims 256,768] [--tokens 1,256,2048] [--leaf 32] [--threads 1] [--seconds 100]
+    python benchmarks/fast_feedforward.py [--dims 256,768] [--tokens 1,256,2048] [--leaf 32] [--seconds 60]
 
-Ratios above 1 say how many times as long the dense layer (two matrices, ReLU) takes. `growth` is the slope of the
-logarithm of the time over that of the width, over the widths from 2^12 on: 1 = linear, 0 = flat. A case gets an equal
-part of the seconds and at least three rounds; the memory column is what one layer's weights take.
+Times are processor seconds of one thread. Ratios above 1 say how many times as long the dense layer (two matrices,
+ReLU) takes. `growth` is the slope of the logarithm of the time over that of the width, over the widths from 2^12 on:
+1 = linear, 0 = flat. A case gets an equal part of the seconds and at least three rounds; the first warms up.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from formwright.parts.feedforward.fast_feedforward import FastFeedForward
 from formwright.parts.feedforward.mlp import ReLUMLP
@@ -21,15 +21,15 @@ from formwright.parts.feedforward.mlp import ReLUMLP
 WIDTHS = [2**power for power in range(8, 17, 2)]
 
 
-def interleaved(cases: dict[str, Callable[[], object]], budget: float) -> dict[str, float]:
-    """Median seconds of every case, one call of each in turn, until the budget is spent; the first round warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in cases}
+def interleaved(layers: dict[str, nn.Module], x: Tensor, budget: float) -> dict[str, float]:
+    """Median seconds of every layer, one call of each in turn, until the budget is spent."""
+    taken: dict[str, list[float]] = {name: [] for name in layers}
     until = time.perf_counter() + budget
     while min(map(len, taken.values())) < 4 or time.perf_counter() < until:
-        for name, call in cases.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
+        for name, layer in layers.items():
+            start = time.process_time()
+            layer(x)
+            taken[name].append(time.process_time() - start)
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
@@ -45,10 +45,9 @@ def main() -> None:
     parser.add_argument("--dims", default="256,768")
     parser.add_argument("--tokens", default="1,256,2048")
     parser.add_argument("--leaf", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     dims, tokens = ([int(number) for number in text.split(",")] for text in (options.dims, options.tokens))
     budget = options.seconds / (len(dims) * len(tokens) * len(WIDTHS))
@@ -61,8 +60,7 @@ def main() -> None:
             dense = ReLUMLP(dim=dim, hidden=width).eval()
             megabytes = sum(p.numel() * p.element_size() for p in tree.parameters()) / 1e6
             for count in tokens:
-                x = torch.randn(1, count, dim)
-                taken = interleaved({"dense": lambda x=x: dense(x), "tree": lambda x=x: tree(x)}, budget)
+                taken = interleaved({"dense": dense, "tree": tree}, torch.randn(1, count, dim), budget)
                 for name, seconds in taken.items():
                     grown.setdefault((dim, count, name), {})[width] = seconds
                 print(

@@ -6,7 +6,7 @@ Here   Accuracy: scikit-learn's digits, 64 pixels to one layer of training width
        leaves of 8, 4, 2 and 1 neurons, h = 3. Speed: evaluation at width 768, one token, training widths 2^8 to 2^16,
        leaves of 32 neurons, one thread.
 Fair   Same steps, batches and read-out; every layer gets the best of the same three learning rates by validation.
-       Times are medians of calls taken in turn; the dense layer is two matrices and ReLU.
+       Times are medians of calls taken in turn, in processor seconds; the dense layer is two matrices and ReLU.
 Rule   kept = accuracy of the tree, one leaf at inference, as a share of the dense layer's.
        holds: with one neuron a leaf, kept is at least 0.942 in every seed;
        holds in direction: with eight neurons a leaf, kept is at least 0.942 in every seed.
@@ -116,7 +116,7 @@ def softly(model: OneLayer) -> tuple[float, float]:
 
 @torch.no_grad()
 def speed(scale: Scale, seed: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Median seconds of one token by training width: the tree's and the dense layer's."""
+    """Median processor seconds of one token by training width: the tree's and the dense layer's."""
     seeded(seed)
     ours, theirs = {}, {}
     for width in WIDTHS[scale]:
@@ -129,9 +129,9 @@ def speed(scale: Scale, seed: int) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def _seconds(layer: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     layer(x)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def growth(seconds: dict[int, float], start: int) -> float:

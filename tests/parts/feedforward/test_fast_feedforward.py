@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import Context
 from formwright.errors import FormwrightError
-from formwright.parts.feedforward.fast_feedforward import FEW, TOGETHER, FastFeedForward, entropy
+from formwright.parts.feedforward.fast_feedforward import TOGETHER, FastFeedForward, entropy
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -101,23 +101,32 @@ def test_evaluation_reads_one_leaf():
     assert torch.equal(ours(x), before)
 
 
-@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, 63])
+def one_hot_mixture(ours, x):
+    return ours._mix(x, F.one_hot(ours.choose(x), ours.leaves))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63])
 @pytest.mark.parametrize("depth", [0, 1, TOGETHER + 1])
-def test_copying_and_sorting_agree_in_values_and_gradients(tokens, depth):
+def test_one_leaf_is_the_mixture_that_puts_all_on_it_in_values_and_gradients(tokens, depth):
     ours, x = layer(depth=depth).eval(), draw(tokens, 7).requires_grad_()
-    leaf = ours.choose(x)
     found = []
-    for way in (ours._gathered, ours._grouped):
-        y = way(x, leaf)
+    for way in (lambda x: ours(x[None])[0], lambda x: one_hot_mixture(ours, x)):
+        y = way(x)
         inputs = [x, ours.up, ours.up_bias, ours.down, ours.down_bias]
         found.append((y.detach(), *torch.autograd.grad(y, inputs, draw(tokens, 7, seed=1))))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-def test_few_and_many_tokens_get_the_same_answer():
-    ours, x = layer(depth=4).eval(), draw(1, 63, 7)
+@pytest.mark.parametrize("depth", [0, 4, TOGETHER + 2])
+def test_one_token_and_many_get_the_same_answer(depth):
+    ours, x = layer(depth=depth).eval(), draw(1, 63, 7)
     one_by_one = torch.cat([ours(x[:, i : i + 1]) for i in range(63)], dim=1)
     torch.testing.assert_close(ours(x), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_tokens_give_no_tokens(training):
+    assert layer().train(training)(torch.empty(2, 0, 7)).shape == (2, 0, 7)
 
 
 def test_entropy_is_that_of_a_coin():

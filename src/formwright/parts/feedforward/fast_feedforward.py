@@ -29,7 +29,6 @@ from formwright.contracts import Context
 from formwright.errors import FormwrightError
 
 TOGETHER = 6  # levels decided in one product; deeper ones look at the d nodes of the path alone
-FEW = 4  # tokens up to which copying their leaves' weights is faster than sorting
 
 
 def entropy(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -113,11 +112,10 @@ class FastFeedForward(nn.Module):
         if self.training:
             real = None if context is None or context.real is None else context.real.flatten()
             return self._train(tokens, real, context).view_as(x)
-        leaf = self.choose(tokens)
-        if torch.compiler.is_compiling():
-            return self._mix(tokens, leaf[:, None] == torch.arange(self.leaves, device=x.device)).view_as(x)
-        one_by_one = tokens.shape[0] <= FEW
-        return (self._gathered(tokens, leaf) if one_by_one else self._grouped(tokens, leaf)).view_as(x)
+        if torch.compiler.is_compiling() or tokens.shape[0] == 0:
+            reached = self.choose(tokens)[:, None] == torch.arange(self.leaves, device=x.device)
+            return self._mix(tokens, reached).view_as(x)
+        return (self._alone(tokens) if tokens.shape[0] == 1 else self._grouped(tokens)).view_as(x)
 
     def _train(
         self, x: Float[Tensor, "t d"], real: Bool[Tensor, " t"] | None, context: Context | None
@@ -170,13 +168,19 @@ class FastFeedForward(nn.Module):
         weighted = neurons.unflatten(-1, (self.leaves, self.leaf)) * mixture[..., None]
         return weighted.flatten(1) @ self.down.flatten(0, 1) + mixture @ self.down_bias
 
-    def _gathered(self, x: Float[Tensor, "t d"], leaf: Int[Tensor, " t"]) -> Float[Tensor, "t d"]:
-        """One leaf a token, its weights copied."""
-        neurons = self._act(torch.bmm(self.up[leaf], x[..., None])[..., 0] + self.up_bias[leaf])
-        return torch.bmm(neurons[:, None], self.down[leaf])[:, 0] + self.down_bias[leaf]
+    def _alone(self, x: Float[Tensor, "1 d"]) -> Float[Tensor, "1 d"]:
+        """One token, as in decoding: only the path and the leaf are touched, and nothing is copied."""
+        node = 0
+        with torch.no_grad():
+            for _ in range(self.depth):
+                logit = self.node_weight[node] @ x[0] + self.node_bias[node]
+                node = 2 * node + 1 + (logit.item() >= 0)
+        leaf = node - self.nodes
+        return self._act(F.linear(x, self.up[leaf], self.up_bias[leaf])) @ self.down[leaf] + self.down_bias[leaf]
 
-    def _grouped(self, x: Float[Tensor, "t d"], leaf: Int[Tensor, " t"]) -> Float[Tensor, "t d"]:
-        """One leaf a token, tokens sorted by leaf: two products for each leaf that is reached."""
+    def _grouped(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+        """Tokens sorted by leaf: two products for each leaf that is reached."""
+        leaf = self.choose(x)
         ordered, order = leaf.sort(stable=True)
         reached, counts = torch.unique_consecutive(ordered, return_counts=True)
         reached, counts = reached.tolist(), counts.tolist()
