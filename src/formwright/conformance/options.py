@@ -70,17 +70,19 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def fingerprint(subject: Subject, *, lengths: tuple[int, ...]) -> list[Tensor]:
-    """All that a user can tell a part by: its state, its outputs, gradients and losses in training and evaluation, at
+    """All that a user can tell a part by: its state, its outputs, gradients, losses, statistics in training and evaluation, at
     some lengths.
     """
     seen: list[Tensor] = []
     for causal in subject.causals or (False,):
-        stand = subject.stand(causal=causal, dtype=torch.float64, length=max(LENGTH, *lengths), lively=False)
+        sizes = {"length": max(LENGTH, *lengths), "cross": subject.slot == "block"}
+        stand = subject.stand(causal=causal, dtype=torch.float64, lively=False, **sizes)
         seen += [torch.tensor(sorted(map(hash, stand.state_dict()))), *stand.state_dict().values()]
         for n in lengths:
             for mode in (True, False):
                 stand.train(mode)
                 seen += _calls(subject, stand, causal, n)
+        seen += [buffer.clone() for buffer in stand.buffers()]  # statistics that training gathers
     return seen
 
 
@@ -90,6 +92,8 @@ def _calls(subject: Subject, stand: Any, causal: bool, n: int) -> Iterator[Tenso
     if "padding" in subject.capabilities and n > 2:
         padding = lengths_to_padding((n, n - 1, 2), n, "left")
         contexts.append(Context.of(x, causal=causal, padding=padding, positions=padding_to_positions(padding)))
+    if subject.slot == "block":
+        contexts.append(Context(queries=n, keys=5, memory=tokens(5, seed=2, dtype=torch.float64)))
     for context in contexts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
