@@ -217,7 +217,7 @@ class Stack(nn.Module):
             return build("norm", config.norm, dim=width)
 
         self.embedding_norm = norm(config.hidden_size) if config.embedding_norm else None
-        layers = []
+        layers, scored = [], False
         for layer in range(depth):
             known["layer"] = layer
             own = None if self.position is not None else _own_position(config, known)
@@ -240,9 +240,10 @@ class Stack(nn.Module):
                 **known,
             )
             needed = (hooks(self.position) | hooks(own)) & SCORE_HOOKS
+            scored = scored or bool(needed)
             layers.append(TransformerLayer(block, uses_position=bool(needed) and needed <= mixer.hooks))
         self.layers = nn.ModuleList(layers)
-        if hooks(self.position) & SCORE_HOOKS and not any(layer.uses_position for layer in layers):
+        if scored and not any(layer.uses_position for layer in layers):
             raise UnsupportedContext(
                 f"No mixer of {config.mixer!r} uses the position {config.position!r}: it works on attention scores. "
                 "Choose a position that is added to the tokens, such as sinusoidal or learned, or none."
