@@ -399,7 +399,8 @@ class _Run:
 
     def _size(self, candidates: Sequence[dict[str, Any]], *, target: int | float | None) -> None:
         held = [name for name in WIDTHS if name in self.chosen.grid]
-        jobs, shown = [], []
+        jobs: list[Job] = []
+        shown: list[dict[str, Any]] = []
         for candidate in candidates:
             config, notes = self._config(candidate)
             shown.append({"candidate": _plain(candidate), "notes": notes, "config": config})

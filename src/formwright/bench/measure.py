@@ -62,7 +62,7 @@ def flops(model: nn.Module, batch: Batch) -> int:
 
     extra = 0
 
-    def count(part: nn.Module, given: tuple, named: dict) -> None:
+    def count(part: Any, given: tuple, named: dict) -> None:
         nonlocal extra
         contexts = [value for value in (*given, *named.values()) if isinstance(value, Context)]
         if contexts:

@@ -84,6 +84,8 @@ class LocalPool:
     def _ask(self, name: int, job: Job) -> Answer:
         try:
             process = self._process(name)
+            assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
@@ -91,11 +93,11 @@ class LocalPool:
                 return json.loads(line)
         except (OSError, ValueError):
             pass
-        process = self._processes.pop(name, None)
-        if process is None:
+        dead = self._processes.pop(name, None)
+        if dead is None:
             return {"failed": "The worker process could not be started.", "trace": ""}
-        process.kill()
-        return {"failed": f"The worker process {_how(process.wait())}.", "trace": ""}
+        dead.kill()
+        return {"failed": f"The worker process {_how(dead.wait())}.", "trace": ""}
 
     def _process(self, name: int) -> subprocess.Popen:
         running = self._processes.get(name)

@@ -277,7 +277,7 @@ def environment(*, probe: bool = True) -> dict[str, Any]:
     import formwright
 
     names, flags = _cpu()
-    facts = {
+    facts: dict[str, Any] = {
         "formwright": formwright.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

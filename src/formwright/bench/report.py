@@ -231,9 +231,9 @@ def _results(summary: Summary, style: _Styles) -> str:
         filled = "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in cells)
         lines.append(f"<tr{marked}>{filled}</tr>")
     for name, value in summary.trivial.items():
-        names = max(1, len(summary.slots))
-        first = f'<td class="text" colspan="{names}">{_text(name)} <span class="tag">no model</span></td>'
-        rest = "".join("<td></td>" for _ in heads[names + 1 :])
+        width = max(1, len(summary.slots))
+        first = f'<td class="text" colspan="{width}">{_text(name)} <span class="tag">no model</span></td>'
+        rest = "".join("<td></td>" for _ in heads[width + 1 :])
         lines.append(f'<tr class="trivial">{first}<td>{metric.show(value).removesuffix(" %")}</td>{rest}</tr>')
     note = (
         "Dots are seeds, the tick their mean, the bar one standard error on either side; the thin line is the "
@@ -282,7 +282,7 @@ def _dots(row: Row, low: float, high: float, colour: str, summary: Summary) -> s
 
 
 def _layout(title_x: str, title_y: str, *, height: int = 320) -> dict[str, Any]:
-    axis = {
+    axis: dict[str, Any] = {
         "showline": True, "linecolor": INK, "linewidth": 1, "ticks": "outside", "tickcolor": INK, "ticklen": 4,
         "gridcolor": "#eceae4", "zeroline": False, "title": {"standoff": 8, "font": {"size": 13, "color": QUIET}},
     }  # fmt: skip

@@ -107,7 +107,8 @@ class Summary:
 
     @property
     def slots(self) -> list[str]:
-        return list(dict.fromkeys(name for one in (*self.rows, *self.missing) for name in one.candidate))
+        everything: list[Row | Missing] = [*self.rows, *self.missing]
+        return list(dict.fromkeys(name for one in everything for name in one.candidate))
 
     def sentences(self) -> list[str]:
         """What was found, as plain sentences."""
@@ -276,7 +277,7 @@ def _missing(groups: dict[str, list[Record]], metric: Metric) -> list[Missing]:
         reasons: dict[tuple[str, str], list[int]] = {}
         for one in group:
             if _value(one, metric) is None:
-                status = "failed" if one.status == "done" else one.status
+                status: str = "failed" if one.status == "done" else one.status
                 why = one.error or f"its {metric.name} is no number."
                 reasons.setdefault((status, why), []).append(one.seed)
         for (status, why), seeds in reasons.items():

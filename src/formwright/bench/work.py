@@ -10,7 +10,7 @@ import importlib
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ from formwright.build import parse_spec
 from formwright.errors import FormwrightError
 from formwright.tasks import Task
 from formwright.training import Settings, evaluate, fit, seeded
-from formwright.training.evaluation import fetch
+from formwright.training.evaluation import Split, fetch
 
 HEADS = {
     "causal-lm": "TransformerForCausalLM",
@@ -40,7 +40,7 @@ ASIDE = 0.1  # of the training rows, to choose a learning rate on
 def execute(job: dict[str, Any]) -> dict[str, Any]:
     """Do one job. Nothing is raised: see `pool` for the answers."""
     torch.set_num_threads(1)
-    kinds = {"describe": describe, "size": size, "time": time_all, "train": train}
+    kinds: dict[str, Callable[..., Any]] = {"describe": describe, "size": size, "time": time_all, "train": train}
     given = dict(job)
     try:
         return {"done": kinds[given.pop("kind")](**given)}
@@ -167,7 +167,7 @@ def train(
     """
     start = time.perf_counter()
     loaded = _load(task, data)
-    split = "test"
+    split: Split = "test"
     if choose:
         loaded, split = _with_validation(task, data)
     seeded(seed)
@@ -190,7 +190,7 @@ def train(
     return {**result, "seconds": round(time.perf_counter() - start, 3), "environment": _environment()}
 
 
-def _with_validation(task: str, data: str | None) -> tuple[Task, str]:
+def _with_validation(task: str, data: str | None) -> tuple[Task, Split]:
     """Rows to choose a learning rate on; a task that cannot set any aside is judged by its training loss."""
     loaded = _load(task, data)
     if loaded.validation is not None:
