@@ -26,7 +26,7 @@ class Texts(Dataset):
     `lengths` lets training put texts of similar length into one batch.
     """
 
-    def __init__(self, tokens: Sequence[Int[Tensor, " n"]], labels: Int[Tensor, " rows"], pad: int) -> None:
+    def __init__(self, tokens: Sequence[Tensor], labels: Int[Tensor, " rows"], pad: int) -> None:
         self.tokens, self.labels, self.pad = list(tokens), labels, pad
         self.lengths = torch.tensor([len(text) for text in self.tokens])
 
