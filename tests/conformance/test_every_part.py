@@ -10,7 +10,7 @@ from formwright.conformance.subject import SLOTS
 from .known_failures import KNOWN_FAILURES
 
 # These slots hold no part of a block; their own tests check them.
-ELSEWHERE = {"model": "tests/models"}
+ELSEWHERE = {"model": "tests/models", "embedding": "tests/parts/embedding"}
 
 PARTS = {p.key: p for p in catalog.provided() if p.slot in (*SLOTS, "init") and defined(p.module, p.attribute)}
 

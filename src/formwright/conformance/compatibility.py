@@ -24,10 +24,8 @@ PAGE = Path("docs/generated/compatibility.md")
 TOLERANCE = 1e-4
 LENGTH, REAL = 7, (4, 7)
 
-HEAD = """# What combines with what
-
-Every cell is a Transformer of one layer that was built and run. This page is written by
-`python -m formwright.conformance.compatibility`.
+HEAD = """Every cell is a Transformer of one layer that was built and run; `python -m formwright.conformance.compatibility`
+writes this.
 
 | Letter | What was run |
 |---|---|

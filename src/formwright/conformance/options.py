@@ -70,9 +70,7 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def fingerprint(subject: Subject, *, lengths: tuple[int, ...]) -> list[Tensor]:
-    """All that a user can tell a part by: its state, its outputs, gradients, losses, statistics in training and evaluation, at
-    some lengths.
-    """
+    """All that a user can tell a part by: state, statistics, and outputs, gradients and losses in both modes."""
     seen: list[Tensor] = []
     for causal in subject.causals or (False,):
         sizes = {"length": max(LENGTH, *lengths), "cross": subject.slot == "block"}
