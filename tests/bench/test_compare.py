@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 from formwright.bench import records
@@ -102,7 +103,8 @@ def test_the_same_seed_gives_the_same_result(run, tmp_path):
 PROGRAM = f"""
 from formwright.bench.compare import compare
 import sys
-compare({TASK!r}, {{"mixer": ["softmax", "aft-simple"]}}, steps=40, seeds=4, out=sys.argv[1], workers=2, settings={SMALL!r})
+grid = {{"mixer": ["softmax", "aft-simple"]}}
+compare({TASK!r}, grid, steps=40, seeds=4, out=sys.argv[1], workers=2, settings={SMALL!r})
 """
 
 
@@ -220,7 +222,8 @@ def test_a_worker_that_dies_is_reported_by_its_signal(tmp_path, monkeypatch):
         ({"seed": [0, 1]}, {}, "give seeds instead"),
     ],
 )
-def test_bad_input_is_a_sentence_before_any_work(tmp_path, grid, more, says):
+def test_bad_input_is_a_sentence_before_any_work(tmp_path, grid, more, says, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its check of the Literals would come first
     with pytest.raises(FormwrightError, match=says):
         compare(TASK, grid, out=tmp_path / "run", **more)
 
