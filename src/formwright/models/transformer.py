@@ -210,6 +210,7 @@ class Stack(nn.Module):
             "layers": depth,
             "causal": side == "decoder",
             "vocab": config.vocab_size,
+            "grid": (config.image_size // config.patch_size,) * 2 if config.use_grid and config.image_size else None,
         }
         self.position = _shared_position(config, known)
 

@@ -7,6 +7,7 @@ from formwright.conformance.growth import Meter
 from formwright.contracts import Context, UnsupportedContext
 from formwright.errors import FormwrightError
 from formwright.models.cache import KeyValues, State
+from formwright.models.transformer import TransformerConfig, TransformerForImageClassification
 from formwright.ops.aft import aft_reference
 from formwright.parts.mixing.aft import AFTConv, AFTFull, AFTLocal, AFTSimple
 
@@ -266,3 +267,21 @@ def test_equals_aft_pytorch(name):
             part.band.copy_(other.wbias[i[:, None], (i[:, None] + torch.arange(-3, 4)).clamp(0, 11)])
         x = tokens(11)
         torch.testing.assert_close(part(x, Context.of(x)), other(x))
+
+
+def test_a_vision_model_with_a_grid_builds_square_kernels_and_runs():
+    config = TransformerConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        use_grid=True,
+        hidden_size=DIM,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mixer="aft-conv(kernel=3)",
+        num_labels=3,
+        position="none",
+    )
+    model = TransformerForImageClassification(config).eval()
+    assert model.model.encoder.mixers[0].raw.shape == (2, 3, 3)
+    assert model(pixel_values=torch.zeros(2, 1, 8, 8)).logits.shape == (2, 3)
