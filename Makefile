@@ -29,8 +29,8 @@ docs: $(READY)
 demo: $(READY)
 	$(BIN)/formwright compare --task digits \
 		--vary mixer=softmax,aft-full,aft-simple,aft-conv,mamba,gated-attention \
-		--vary position=sinusoidal,learned \
-		--match params --seeds 2 --out $(DEMO)
+		--vary "position=learned(std=1.0),sinusoidal" \
+		--match params --seeds 2 --steps 100 --out $(DEMO)
 
 clean:
 	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache
