@@ -25,7 +25,7 @@ def formwright(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "new" / "digits"
-    grid = ["--vary", "mixer=softmax,aft", "--vary", "position=learned(std=1.0),rope"]
+    grid = ["--vary", "mixer=softmax,aft-simple", "--vary", "position=learned(std=1.0),rope"]
     done = formwright("compare", *SMALL, *grid, "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 def test_compare_prints_the_table_and_writes_the_report(run):
     folder, done = run
-    for said in ("softmax", "aft", "learned(std=1.0)", "baseline", "majority", "report.html", "unsupported"):
+    for said in ("softmax", "aft-simple", "learned(std=1.0)", "baseline", "majority", "report.html", "unsupported"):
         assert said in done.stdout
     assert (folder / "report.html").stat().st_size > 1e6
     assert "seed 0" in done.stderr
@@ -43,7 +43,7 @@ def test_compare_and_report_print_the_same_json(run):
     folder, _ = run
     found = json.loads(formwright("report", folder, "--json").stdout)
     labels = {row["label"] for row in found["rows"]}
-    assert labels == {"softmax · learned(std=1.0)", "softmax · rope", "aft · learned(std=1.0)"}
+    assert labels == {"softmax · learned(std=1.0)", "softmax · rope", "aft-simple · learned(std=1.0)"}
     assert found["missing"][0]["status"] == "unsupported"
 
 
@@ -51,6 +51,9 @@ def test_a_failed_trial_is_status_one(tmp_path):
     done = formwright("compare", *SMALL, "--vary", "learning_rate=0.001,1e30", "--seeds", 1, "--out", tmp_path)
     assert done.returncode == 1
     assert "failed" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [one["status"] for one in records] == ["done", "failed"]
+    assert "learning_rate below" in records[1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -59,8 +62,8 @@ def test_a_failed_trial_is_status_one(tmp_path):
         (["--vary", "mixer"], "write SLOT=first,second"),
         (["--vary", "mixer=softmax", "--vary", "mixer=aft"], "given twice"),
         (["--vary", "mixer=softmax,nothing"], "No mixer is called 'nothing'"),
-        (["--vary", "mixer=softmax,aft", "--learning-rates", "fast"], "write 0.001,0.002,0.004"),
-        (["--vary", "mixer=softmax,aft", "--data", "/nowhere", "--task", "mnist"], "mnist|MNIST|nowhere"),
+        (["--vary", "mixer=softmax,aft-simple", "--learning-rates", "fast"], "write 0.001,0.002,0.004"),
+        (["--vary", "mixer=softmax,aft-simple", "--data", "/nowhere", "--task", "mnist"], "mnist|MNIST|nowhere"),
     ],
 )
 def test_bad_input_is_status_two_and_one_sentence(tmp_path, arguments, says):
@@ -84,7 +87,17 @@ def test_help_has_an_example():
 
 @pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
-    arguments = ["compare", *SMALL[:-1], "60", "--vary", "mixer=softmax,aft", "--seeds", "4", "--out", str(tmp_path)]
+    arguments = [
+        "compare",
+        *SMALL[:-1],
+        "60",
+        "--vary",
+        "mixer=softmax,aft-simple",
+        "--seeds",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     program = [sys.executable, "-c", "from formwright.cli import main; main()", *arguments]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 200
@@ -97,4 +110,4 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
     count = path.read_bytes().count(b"\n")
     assert 1 <= count < 8
     assert f"{count} finished trials are saved" in errors
-    assert "--vary mixer=softmax,aft" in errors
+    assert "--vary mixer=softmax,aft-simple" in errors

@@ -1,8 +1,9 @@
 """What a model costs: parameters, FLOPs, latency, peak memory, bytes on disk.
 
 FLOPs    torch's FlopCounterMode, 2 a multiply-add, on one forward pass. It sees matrix products, convolutions and
-         attention, not what happens inside a custom op or an FFT: a part that uses those has a method
-         `extra_flops(context) -> int`, called for every forward pass of that part, and its number is added.
+         attention, not what happens inside an FFT or a custom op without a formula of its own
+         (torch.utils.flop_counter.register_flop_formula): a part that uses those has a method
+         `extra_flops(context) -> int`, for one sequence, and its number is added for every sequence it reads.
 Memory   Live bytes of every tensor storage, followed op by op: exact, free of noise, the same on every machine.
          Scratch memory inside one op is not seen. On CUDA the allocator's own peak is taken.
 Latency  Interleaved: every round times each model once, so that a busy machine slows all alike; medians over the
@@ -64,13 +65,10 @@ def flops(model: nn.Module, batch: Batch) -> int:
 
     def count(part: Any, given: tuple, named: dict) -> None:
         nonlocal extra
-        contexts = [value for value in (*given, *named.values()) if isinstance(value, Context)]
-        if contexts:
-            context = contexts[0]
-        else:
-            tokens = next(value for value in (*given, *named.values()) if isinstance(value, Tensor))
-            context = Context.of(tokens)
-        extra += int(part.extra_flops(context))
+        values = (*given, *named.values())
+        tokens = next(value for value in values if isinstance(value, Tensor))
+        context = next((value for value in values if isinstance(value, Context)), None) or Context.of(tokens)
+        extra += tokens.shape[0] * int(part.extra_flops(context))
 
     handles = [
         part.register_forward_pre_hook(count, with_kwargs=True)

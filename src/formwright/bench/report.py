@@ -205,9 +205,10 @@ def _results(summary: Summary, style: _Styles) -> str:
     ]
     head = "".join(f'<th class="{kind}">{name if name is axis else _text(name)}</th>' for name, kind in heads)
     lines = []
+    footnotes = list(dict.fromkeys(note for row in summary.rows for note in row.notes))
     for row in summary.rows:
         result, base = row.result, row.baseline
-        notes = "".join(f'<span class="tag">{_text(note)}</span>' for note in row.notes)
+        notes = "".join(f"<sup>{_text(footnotes.index(note) + 1)}</sup>" for note in row.notes)
         tag = '<span class="tag">baseline</span>' if base else ""
         names = [_text(row.candidate.get(slot, "")) for slot in summary.slots] or ["defaults"]
         names[-1] += notes + tag
@@ -241,9 +242,11 @@ def _results(summary: Summary, style: _Styles) -> str:
         "over an evaluation batch, latency as a ratio to the baseline timed in turns with it; memory is the peak of "
         "one training step."
     )
+    marks = "".join(f" <sup>{place}</sup> {_text(text)}." for place, text in enumerate(footnotes, 1))
     return (
         f'<section><h2>Results</h2><div class="scroll"><table id="results"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table></div><p class="note" style="margin-top:10px">{note}</p></section>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note" style="margin-top:10px">{note}{marks}</p></section>'
     )
 
 
@@ -464,6 +467,7 @@ def _method(summary: Summary) -> str:
         said.append("Every candidate trained at the best of its own learning rates, chosen on its first seed.")
     training = summary.run.get("training", {})
     if training:
+        training = {name: value for name, value in training.items() if value != 0 and name != "accumulate"}
         said.append(
             "Training: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.items()) + "."
         )

@@ -140,6 +140,11 @@ class Summary:
             parts = [f"{number} {'is' if number == 1 else 'are'} {one}" for one, number in told]
             parts += [f"{rest} cannot be told apart from it"] if rest else []
             found.append(f"Of the {_count(len(others), 'other')}, {_and(parts)}.")
+        noted: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in row.notes:
+                noted.setdefault(note, []).append(row.label)
+        found += [f"{_and(labels)} {_plural(note, len(labels))}." for note, labels in noted.items()]
         found += self.warnings()
         return found
 
@@ -318,7 +323,7 @@ def _verdict(summary: Summary, best: Row) -> str:
         tested = "" if result.p is None else f" (corrected p = {show_p(result.p)})"
         return f"{_count(len(best.seeds), 'seed')} cannot tell the {gap} between them from chance{tested}"
     if result.word in ("better", "worse"):
-        return f"the {gap} between them are no chance (corrected p {_equals(result.p)})"
+        return f"the {gap} between them are more than chance (corrected p {_equals(result.p)})"
     return (
         f"the {gap} between them hold over the test items (corrected p {_equals(result.p_items)}), not yet over seeds"
     )
@@ -339,6 +344,12 @@ def _budget(summary: Summary) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _plural(note: str, number: int) -> str:
+    """reads -> read: a note begins with its verb."""
+    verb, _, rest = note.partition(" ")
+    return note if number == 1 else f"{verb.removesuffix('s')} {rest}"
 
 
 def _and(parts: Sequence[str]) -> str:

@@ -130,18 +130,16 @@ def size(
 
 
 def _budget(task: Task, config: dict[str, Any], batch: Mapping[str, torch.Tensor], match: str) -> int:
-    """Counted without memory where the parts allow it."""
+    """Parameters without memory where the parts allow it; FLOPs where the model will run, for kernels differ."""
+    if match == "flops":
+        return measure.flops(make(task, config), batch)
     try:
         with torch.device("meta"):
-            model = make(task, config)
-            if match == "params":
-                return measure.parameters(model)[0]
-            return measure.flops(model, {name: value.to("meta") for name, value in batch.items()})
+            return measure.parameters(make(task, config))[0]
     except ValueError:
         raise
     except Exception:  # a part that computes with values while it is built
-        model = make(task, config)
-        return measure.parameters(model)[0] if match == "params" else measure.flops(model, batch)
+        return measure.parameters(make(task, config))[0]
 
 
 def time_all(

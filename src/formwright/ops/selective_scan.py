@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from formwright.ops import native
 
@@ -289,6 +290,13 @@ def _native_forward(
 @_native_forward.register_fake
 def _(x, delta, A, B, C, D, state):  # noqa: ARG001
     return x.new_empty(x.shape), x.new_empty(state.shape), x.new_empty(_borders_shape(x, A))
+
+
+@register_flop_formula(torch.ops.formwright.selective_scan)
+def _flops(x, delta, A, *_, **__):  # noqa: ARG001
+    """9 a token, channel and state, as the paper's authors count: the maps, the decay, the sum and what is read."""
+    batch, length, channels = x
+    return 9 * batch * length * channels * A[1]
 
 
 def _borders_shape(x: Tensor, A: Tensor) -> tuple[int | torch.SymInt, ...]:
