@@ -11,9 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
 from formwright import claims
 from formwright.claims.base import Claim, Outcome, SeedFailed, recorded, study
+from formwright.cli import app
 from formwright.errors import FormwrightError
 
 MADE_UP = '''
@@ -261,6 +263,35 @@ def running(pid):
         return False
 
 
+def test_the_command_writes_at_full_scale_what_it_prints(made_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "load", lambda _: made_up)
+    called = ["reproduce", "made-up", "--out", str(tmp_path), "--json", "--workers", "1"]
+    smoke = CliRunner().invoke(app, called)
+    assert (smoke.exit_code, json.loads(smoke.stdout)["claims"][0]["scale"]) == (0, "smoke")
+    assert not (tmp_path / "evidence").exists()
+    full = CliRunner().invoke(app, [*called, "--scale", "full"])
+    assert full.exit_code == 0
+    assert json.loads((tmp_path / "evidence" / "made-up.json").read_text()) == json.loads(full.stdout)
+
+
+def test_the_command_ends_with_one_when_a_seed_broke(made_up, tmp_path, monkeypatch):
+    (tmp_path / "broken").touch()
+    monkeypatch.setattr(claims, "load", lambda _: made_up)
+    broken = CliRunner().invoke(app, ["reproduce", "made-up", "--out", str(tmp_path), "--workers", "1"])
+    assert broken.exit_code == 1
+    assert "seed one broke" in " ".join(broken.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["nosuchthing"], "nosuchthing"), (["pfm-survey"], "status"), (["polycom", "--data", "x"], "x")],
+)
+def test_the_command_ends_with_two_on_bad_input(arguments, says):
+    bad = CliRunner().invoke(app, ["reproduce", *arguments])
+    assert bad.exit_code == 2
+    assert says in bad.output
+
+
 def test_an_unknown_system_is_a_sentence():
     with pytest.raises(FormwrightError, match="No system is called 'nosuchthing'"):
         claims.load("nosuchthing")
@@ -275,8 +306,9 @@ def test_a_system_without_a_claim_file_is_told_its_status():
 def test_a_claim_file_says_what_it_does_before_it_does_it(slug):
     of = claims.load(slug)
     docstring = sys.modules[of.run.__module__].__doc__ or ""
-    headings = [line.split()[0].rstrip(":") for line in docstring.splitlines() if line[:1].strip()]
-    assert headings == ["Claim", "Paper", "Here", "Fair", "Rule"]
+    assert docstring.startswith("Claim")
+    for heading in ("Paper", "Here", "Fair", "Rule"):
+        assert re.search(rf"^{heading}\b", docstring, re.MULTILINE), f"{slug} has no paragraph {heading}."
     for claim in of.claims:
         assert "holds" in claim.rule
         assert "holds in direction" in claim.rule
