@@ -91,7 +91,7 @@ def _calls(subject: Subject, stand: Any, causal: bool, n: int) -> Iterator[Tenso
         padding = lengths_to_padding((n, n - 1, 2), n, "left")
         contexts.append(Context.of(x, causal=causal, padding=padding, positions=padding_to_positions(padding)))
     if subject.slot == "block":
-        contexts.append(Context(queries=n, keys=5, memory=tokens(5, seed=2, dtype=torch.float64)))
+        contexts = [Context(queries=n, keys=5, memory=tokens(5, seed=2, dtype=torch.float64))]
     for context in contexts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
