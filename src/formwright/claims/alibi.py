@@ -1,6 +1,7 @@
 """Claim: trained on short sequences, ALiBi does not get worse on longer ones; sinusoidal positions do.
 
-Paper  Figure 1: WikiText-103, trained at 512 tokens, read at ever longer ones.
+Paper  Figure 1 and table 2: WikiText-103, trained at 512 tokens, read at ever longer ones. From 512 to 15,512 tokens
+       ALiBi's perplexity goes from 19.73 to 18.31, sinusoidal's from 20.05 to 406.01.
 Here   A two-layer character model of Python's own manual, trained at 64 bytes, read at 64 and at 512.
 Fair   The models differ in the position alone: same steps, batches and learning rate. Sinusoidal waves are as large as
        the tokens, which are drawn from N(0, 0.02), as in their paper.
@@ -17,7 +18,9 @@ from formwright.models.transformer import TransformerConfig, TransformerForCausa
 from formwright.training import Settings, evaluate, fit, seeded
 
 STATEMENT = "Trained on short sequences, ALiBi does not get worse on longer ones; sinusoidal positions do."
-PAPER = {"figure 1": "ALiBi's perplexity falls from 512 to 3,072 tokens and beyond, sinusoidal's rises soon after 512"}
+PAPER = {
+    "perplexity read at 512 and at 15,512 tokens (table 2)": {"alibi": [19.73, 18.31], "sinusoidal": [20.05, 406.01]}
+}
 RULE = (
     "rise = nats a byte read at 512 bytes - read at 64; holds: ALiBi's largest rise <= 0 < sinusoidal's smallest; "
     "holds in direction: ALiBi's largest rise < sinusoidal's smallest."

@@ -1,7 +1,7 @@
 """Claim: trained on short sequences, KERPLE with the log kernel reads long ones better than ALiBi and T5's bias.
 
-Paper  Table 3: OpenWebText2, GitHub and ArXiv, trained at 512 tokens, read at up to 16,384: the log kernel has the
-       lowest perplexity at the long end.
+Paper  OpenWebText2, GitHub and ArXiv, trained at 512 tokens: the abstract says that the log kernel extrapolates well
+       on all three. The perplexities, table 3 with ALiBi and T5's bias, are left out.
 Here   A two-layer character model of Python's own manual, trained at 64 bytes, read at 512.
 Fair   The models differ in the position alone: same steps, batches and learning rate.
 Rule   loss = nats a byte read at 512 bytes.
@@ -18,7 +18,7 @@ from formwright.models.transformer import TransformerConfig, TransformerForCausa
 from formwright.training import Settings, evaluate, fit, seeded
 
 STATEMENT = "Trained on short sequences, KERPLE with the log kernel reads long ones better than ALiBi and T5's bias."
-PAPER = {"table 3": "lowest perplexity of the three at 16,384 tokens on OpenWebText2, GitHub and ArXiv, trained at 512"}
+PAPER = {"abstract": "the log kernel extrapolates well on OpenWebText2, GitHub and ArXiv; figures: its table 3"}
 RULE = (
     "loss = nats a byte read at 512 bytes after training at 64; holds: in every seed KERPLE's is below ALiBi's and "
     "T5's; holds in direction: KERPLE's mean is below ALiBi's and T5's."

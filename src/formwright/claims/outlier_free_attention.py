@@ -1,8 +1,7 @@
 """Claim: letting a head do nothing removes activation outliers, so that INT8 quantization hardly costs anything.
 
-Paper  BERT-base, perplexity in float and with 8-bit weights and activations: vanilla 4.49 to 1294, clipped softmax
-4.39 to
-       4.52, gated attention 4.45 to 4.65 (kurtosis 3076, 80, 201).
+Paper  Table 2, BERT-base, perplexity in float and with 8-bit weights and activations: vanilla 4.49 to 1294 (standard
+       deviation 1046), clipped softmax 4.39 to 4.52, gated attention 4.45 to 4.65 (kurtosis 3076, 80, 201).
 Here   A two-layer causal model of a Markov chain in which a few trigger tokens make the token before them come back:
 heads
        have work after a trigger and nothing to do elsewhere. 500 steps of 32 rows of 64 tokens. Quantization is
@@ -35,7 +34,7 @@ STATEMENT = (
     "hardly costs anything."
 )
 PAPER = {
-    "BERT perplexity, float and W8A8": {
+    "BERT perplexity, float and W8A8 (table 2)": {
         "vanilla": [4.49, 1294],
         "clipped softmax": [4.39, 4.52],
         "gated attention": [4.45, 4.65],

@@ -1,7 +1,7 @@
 """Claims: a small Transformer as the introduction defines it predicts text far better than letter frequencies, and with
 normalisation before the stages it trains where with normalisation after them it is worse.
 
-Paper  No figure of its own: the note defines the blocks, and calls normalising before the stages the usual choice.
+Paper  No figure of its own: the note defines the block, which normalises before its stages, and auto-regressive use.
 Here   A character model of Python's own manual, width 64: two layers for the first claim; six layers, learning rate
        3e-3 and no warm-up for the second. 500 steps of 16 windows of 64 bytes.
 Fair   Pre- and post-norm share data, order, steps, learning rate and initialisation.
@@ -80,7 +80,7 @@ CLAIMS = [
     Claim(
         statement="A small Transformer as the introduction defines it predicts text far better than letter frequencies "
         "do.",
-        paper={"where": "no figure; section 4 describes the auto-regressive use"},
+        paper={"where": "no figure; the note describes the auto-regressive use"},
         rule="loss = nats a byte on the test text; holds: in every seed below guessing from the byte before (bigram); "
         "holds in direction: in every seed below guessing by frequency (unigram).",
         verdict=predicts,
@@ -89,7 +89,7 @@ CLAIMS = [
     Claim(
         statement="Normalising before the stages, a deeper model trains without warm-up where normalising after them "
         "is worse.",
-        paper={"where": "no figure; section 3 calls it the usual choice"},
+        paper={"where": "no figure; the block it defines normalises before its stages"},
         rule="loss = nats a byte on the test text; holds: in every seed pre-norm's is at least 0.1 lower; holds in "
         "direction: pre-norm's mean is lower.",
         verdict=before,
