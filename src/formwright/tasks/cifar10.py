@@ -11,7 +11,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def task(*, patch_size: int = 4, augment: bool = True, validation: float = 0.0, data: Path | None) -> Task:
-    """Ten classes, from the folder `cifar10` of the data folder.
+    """Ten classes, from the folder `cifar10` of the data folder. With bfloat16 matrix units, precision="bfloat16" is faster.
 
     Args:
         patch_size: pixels a side of a token: 4 gives 64 tokens.
@@ -33,7 +33,7 @@ def task(*, patch_size: int = 4, augment: bool = True, validation: float = 0.0, 
         validation=validation,
         with_logistic=False,
         defaults=Defaults(
-            settings=Settings(steps=1400, batch_size=64, learning_rate=2e-3, weight_decay=0.05, precision="bfloat16"),
+            settings=Settings(steps=1400, batch_size=64, learning_rate=2e-3, weight_decay=0.05),
             model={
                 "hidden_size": 64,
                 "num_hidden_layers": 4,

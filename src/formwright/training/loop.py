@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from formwright.errors import FormwrightError, require
 from formwright.training.evaluation import Trainable, evaluate
+from formwright.training.precision import attention_in_float32
 from formwright.training.settings import Settings
 
 Progress = Callable[[int, int, float], None]  # step, steps, the step's loss
@@ -159,7 +161,6 @@ def _run(
             max_grad_norm=settings.clip,
             seed=settings.seed,
             data_seed=settings.seed,
-            bf16=settings.precision == "bfloat16",
             use_cpu=on_cpu,
             ddp_backend="gloo" if on_cpu and processes > 1 else None,
             dataloader_drop_last=True,  # training only: `evaluate` reads every row
@@ -203,7 +204,9 @@ def _run(
 
         watch.trainer, watch.after_step = trainer, after_step
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        slow = on_cpu and settings.precision == "bfloat16"
+        with attention_in_float32(model) if slow else nullcontext():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start - apart
     losses = trainer.losses()
     model.eval()

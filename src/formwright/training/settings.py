@@ -27,7 +27,7 @@ class Settings:
         clip: the largest norm of the gradient; 0 clips nothing.
         accumulate: how many batches, one after the other, make up the `batch_size` rows of a process.
         seed: of the order of the data and of dropout. The model was built before: see `seeded`.
-        precision: "bfloat16" is autocast, parameters stay float32.
+        precision: "bfloat16" is autocast: parameters stay float32, and on a CPU attention does too.
         evaluate_every: steps between evaluations for the learning curve; 0 = none.
         save_every: steps between checkpoints to resume from; 0 = none.
     """

@@ -113,7 +113,8 @@ class FormwrightTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        outputs = model(**inputs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            outputs = model(**inputs)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             share = self.cells(inputs["labels"]) / num_items_in_batch

@@ -1,0 +1,39 @@
+"""Attention in float32 inside bfloat16 autocast, on a CPU.
+
+There the backward pass of scaled_dot_product_attention in bfloat16 is slow at small shapes: it takes half of a
+training step at width 128 and length 128, and eats all that the bfloat16 matrices gain. In float32 the step is 1.2 to 2
+times faster, on a machine with bfloat16 matrix units; without them choose float32 altogether.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def attention_in_float32(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model's attention functions compute outside autocast, on float32 copies of their inputs."""
+    functions = [module for module in model.modules() if isinstance(getattr(type(module), "grouped", None), bool)]
+    for function in functions:
+        function.forward = functools.partial(_outside_autocast, function.forward)
+    try:
+        yield
+    finally:
+        for function in functions:
+            del function.forward  # the class's own shows again
+
+
+def _outside_autocast(forward: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    device = args[0].device.type
+    with torch.autocast(device, enabled=False):
+        return forward(
+            *(_float32(value) for value in args), **{name: _float32(value) for name, value in options.items()}
+        )
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
