@@ -6,6 +6,7 @@ past; `State` holds the tuple of a recurrent mixer. `new_cache(mixers)` makes on
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -36,16 +37,39 @@ class KeyValues(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        start, end = self.length, self.length + key_states.shape[-2]
+        tokens = key_states.shape[-2]
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return self._joined(key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(self._room(key_states, end), self._room(value_states, end))
-        elif end > self.keys.shape[-2]:
-            self.keys = self._moved(self.keys, 2 * end)
-            self.values = self._moved(self.values, 2 * end)
+            self.lazy_initialization(self._room(key_states, tokens), self._room(value_states, tokens))
+        start = self.claim(tokens)
+        end = self.length
         self.keys[..., start:end, :] = key_states
         self.values[..., start:end, :] = value_states
-        self.length = end
         return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def _joined(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Appended out of place: the backward still needs what was kept before."""
+        kept = self.stored()
+        if kept is not None:
+            key_states, value_states = (
+                torch.cat(pair, dim=-2) for pair in zip(kept, (key_states, value_states), strict=True)
+            )
+        self.lazy_initialization(key_states, value_states)
+        self.length = key_states.shape[-2]
+        return key_states, value_states
+
+    def claim(self, tokens: int) -> int | None:
+        """Room in the buffers for tokens that the caller writes itself, and the place of the first; none before any
+        update.
+        """
+        if not self.is_initialized:
+            return None
+        start, end = self.length, self.length + tokens
+        if end > self.keys.shape[-2]:
+            self.keys, self.values = self._moved(self.keys, 2 * end), self._moved(self.values, 2 * end)
+        self.length = end
+        return start
 
     def _room(self, like: Tensor, tokens: int) -> Tensor:
         return like.new_empty(*like.shape[:-2], max(tokens, self.capacity), like.shape[-1])

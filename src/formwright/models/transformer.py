@@ -37,6 +37,7 @@ from formwright.build import Spec, build, parse_spec
 from formwright.contracts import SCORE_HOOKS, Context, UnsupportedContext, hooks, scope
 from formwright.errors import FormwrightError
 from formwright.models.cache import new_cache
+from formwright.models.decoding import decoded
 from formwright.parts import assemble
 from formwright.parts.embedding.patch import PatchEmbedding
 
@@ -183,7 +184,8 @@ class TransformerLayer(GradientCheckpointingLayer):
     def forward(
         self, x: Float[Tensor, "b n d"], context: Context, cross: Context | None = None
     ) -> Float[Tensor, "b n d"]:
-        return self.block(x, context, cross)
+        step = decoded(self.block, x, context) if context.cache is not None else None
+        return self.block(x, context, cross) if step is None else step
 
 
 class Stack(nn.Module):
