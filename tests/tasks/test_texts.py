@@ -17,7 +17,7 @@ from formwright.tasks.support.images import Jittered
 GOOD, BAD = "what a lovely day number", "such a dreadful night number"
 TABLE = pd.DataFrame(
     {
-        "body": [f"{GOOD if i % 3 else BAD} {'x' * i}." for i in range(60)],
+        "body": [f"{GOOD if i % 3 else BAD} {'x ' * (i % 7)}{i}." for i in range(60)],
         "kind": ["fine" if i % 3 else "awful" for i in range(60)],
     }
 )
@@ -70,6 +70,7 @@ def test_a_batch_is_padded_to_its_longest_and_masked(csv):
     batch = task.test.__getitems__([0, 5, 3])
     lengths = [len(task.test.tokens[i]) for i in (0, 5, 3)]
     assert batch["input_ids"].shape == (3, max(lengths))
+    assert min(lengths) < max(lengths)
     assert batch["attention_mask"].sum(1).tolist() == lengths
     assert (batch["input_ids"][batch["attention_mask"] == 0] == task.model_config["pad_token_id"]).all()
     assert torch.equal(task.collate([task.test[i] for i in (0, 5, 3)])["input_ids"], batch["input_ids"])

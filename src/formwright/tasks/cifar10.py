@@ -11,7 +11,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def task(*, patch_size: int = 4, augment: bool = True, validation: float = 0.0, data: Path | None) -> Task:
-    """Ten classes, from the folder `cifar10` of the data folder. With bfloat16 matrix units, precision="bfloat16" is faster.
+    """Ten classes, from the folder `cifar10` of the data folder. Where the processor has bfloat16 matrix units,
+    precision="bfloat16" is faster.
 
     Args:
         patch_size: pixels a side of a token: 4 gives 64 tokens.
