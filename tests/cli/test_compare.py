@@ -109,5 +109,5 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     count = path.read_bytes().count(b"\n")
     assert 1 <= count < 8
-    assert f"{count} finished trials are saved" in errors
+    assert f"saved in {tmp_path}: {count}." in errors
     assert "--vary mixer=softmax,aft-simple" in errors

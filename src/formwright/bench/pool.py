@@ -61,6 +61,7 @@ class LocalPool:
         self.workers, self.log = workers, log
         self._processes: dict[int, subprocess.Popen] = {}
         self._closed = False
+        self._lock = threading.Lock()  # between those who start processes and the one who ends them all
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -100,11 +101,18 @@ class LocalPool:
         return {"failed": f"The worker process {_how(dead.wait())}.", "trace": ""}
 
     def _process(self, name: int) -> subprocess.Popen:
-        running = self._processes.get(name)
-        if running is not None and running.poll() is None:
+        """The running process of that name, a new one if there is none."""
+        with self._lock:
+            running = self._processes.get(name)
+            if running is None or running.poll() is not None:
+                running = self._processes[name] = self._start()
             return running
+
+    def _start(self) -> subprocess.Popen:
+        if self._closed:
+            raise OSError("the pool is closed")
         with open(self.log, "ab") as log:
-            self._processes[name] = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "formwright.bench.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -112,16 +120,16 @@ class LocalPool:
                 start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
-        return self._processes[name]
 
     def close(self) -> None:
         """End all processes at once, whatever they do."""
-        self._closed = True
-        for process in self._processes.values():
+        with self._lock:
+            self._closed = True
+            processes = list(self._processes.values())
+        for process in processes:
             process.kill()
-        for process in self._processes.values():
+        for process in processes:
             process.wait()
-        self._processes.clear()
 
 
 def _how(code: int) -> str:

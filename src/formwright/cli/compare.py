@@ -78,7 +78,7 @@ def compare(
 
         count = sum(one.status != "unsupported" for one in Records(out))
         typer.echo(
-            f"Stopped. {count} finished trials are saved in {out}; the same command goes on from there:", err=True
+            f"Stopped. Trials finished and saved in {out}: {count}. The same command goes on from there:", err=True
         )
         typer.echo(f"  {command}", err=True)
         raise typer.Exit(130) from stopped
