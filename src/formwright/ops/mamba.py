@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from formwright.ops import native
 
@@ -103,6 +104,7 @@ def can_step(x: Tensor, *weights: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x.device.type)
+        and _get_current_dispatch_mode() is None  # one that counts or traces operations would miss this one
         and _plain(x, *weights)
     )
 
