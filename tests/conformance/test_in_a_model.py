@@ -5,6 +5,7 @@ import torch
 
 from formwright import catalog
 from formwright.catalog.evidence import defined
+from formwright.conformance.subject import enliven
 from formwright.models.transformer import (
     TransformerConfig,
     TransformerForCausalLM,
@@ -77,7 +78,9 @@ def test_a_causal_lm_comes_back_from_a_folder_and_trains_every_parameter(part, t
     loaded, report = TransformerForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+        # Weights from a file lie at other addresses, where a vectorised sum may start elsewhere.
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+    enliven(model)  # a gain that starts at 0 hides what it multiplies
     model.train()(input_ids=ids, labels=ids).loss.backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
