@@ -3,7 +3,8 @@
     OMP_WAIT_POLICY=passive python benchmarks/transformer.py [training encoding decoding] [--threads 2] [--rounds 7]
 
 training   a causal language model of 4 layers and width 256 on 16 x 256 tokens, forward, backward and fused AdamW, in
-           float32 and under bfloat16 autocast, against GPT-2 and x-transformers with flash attention (pip install
+           float32 and under bfloat16 autocast (ours with attention in float32, as `formwright.training.fit` has it on a
+           CPU), against GPT-2 and x-transformers with flash attention (pip install
            x-transformers; left out when absent).
 encoding   BERT of 6 layers and width 384 with the same weights, 16 x 128 tokens, a third of them padding.
 decoding   GPT-2 of 4 layers and width 256 with the same weights, one token at a time behind 512 and 8,192.
@@ -17,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -25,6 +27,7 @@ from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2LM
 
 from formwright.models.convert import from_transformers
 from formwright.models.transformer import TransformerConfig, TransformerForCausalLM
+from formwright.training.precision import attention_in_float32
 
 WARM_UP = 2
 Times = dict[str, list[float]]
@@ -85,7 +88,8 @@ def training(rounds: int) -> list[dict[str, object]]:
 
     def step(name: str, dtype: torch.dtype | None) -> None:
         model, optimizer = models[name].train(), optimizers[name]
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        fp32_attention = attention_in_float32(model) if dtype and name.startswith("ours") else nullcontext()
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None), fp32_attention:
             if name == "x-transformers":
                 logits = model(ids)[:, :-1].flatten(0, 1)
                 loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten())
