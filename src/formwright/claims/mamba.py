@@ -2,7 +2,7 @@
 
 Paper  Table 1: selective copying at length 4,096, accuracy: S4 18.3 %, S6 97.0 % without a gate; inside Mamba's
        block, S4 56.4 %, S6 99.8 %. (Figures from memory.)
-Here   32 cells, 4 of them hold one of 16 symbols at random places, then 4 questions: the symbols in order. Two layers
+Here   64 cells, 8 of them hold one of 16 symbols at random places, then 8 questions: the symbols in order. Two layers
        of Mamba alone, width 64.
 Fair   The rival is the same block with the same initial weights, batches, steps and learning rate; its step size and
        maps come through the same matrices from a constant in place of the token, so that it has the same parameters.
@@ -31,8 +31,8 @@ RULE = (
 )
 SEEDS = (0, 1, 2)
 
-STEPS = {"smoke": 3, "full": 800}
-TASK = "selective-copy(length=32, items=4, symbols=16, examples={examples}, seed={seed})"
+STEPS = {"smoke": 3, "full": 700}
+TASK = "selective-copy(length=64, items=8, symbols=16, examples={examples}, seed={seed})"
 SOLVED, FAR_BELOW, ABOVE = 0.95, 0.75, 0.05
 
 
