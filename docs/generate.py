@@ -73,7 +73,8 @@ def _facts(card: catalog.Card) -> str:
         "Tags": ", ".join(card.tags),
         "Status": card.status,
     }
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items() if value)])
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
+    return "\n".join(["## Paper", "", *table])
 
 
 def _part(part: catalog.Provided) -> str:

@@ -99,15 +99,6 @@ def test_the_error_in_the_docs_is_the_error():
     assert CliRunner().invoke(app, shown[1].split()).stderr == f"{shown[2]}\n"
 
 
-def test_the_python_of_the_docs_runs():
-    blocks = [
-        block for path in DOCS.glob("*.md") for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
-    ]
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "docs", "exec"), {})
-
-
 def test_the_card_of_the_docs_is_a_card(tmp_path):
     [shown] = re.findall(r"```toml\n(.*?)```", (DOCS / "adding.md").read_text(), re.S)
     path = tmp_path / "roformer.toml"
