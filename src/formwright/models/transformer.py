@@ -2,17 +2,15 @@
 
 A config names a part for every slot; a list repeats over the layers, so `mixer=["mamba", "mamba", "softmax"]` is two
 Mamba layers to one of attention. Every model here is an ordinary Hugging Face model: Auto classes, generate, Trainer,
-pipelines, safetensors.
-
-    ids or pixels -> tokens (+ type, + position) (norm) -> blocks of mixer, cross-attention, feed-forward (norm) -> head
+pipelines, safetensors. The config is in `config`, the body in `body`; here are the heads, and the registration with
+the Auto classes.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, no_type_check
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -25,138 +23,29 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
 )
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from formwright.build import Spec, build, parse_spec
-from formwright.contracts import SCORE_HOOKS, Context, UnsupportedContext, hooks, scope
+from formwright.build import build
 from formwright.errors import FormwrightError
-from formwright.models.cache import new_cache
-from formwright.models.decoding import decoded
-from formwright.parts import assemble
-from formwright.parts.embedding.patch import PatchEmbedding
+from formwright.models.body import TransformerModel, TransformerOutput, TransformerPreTrainedModel
+from formwright.models.config import TransformerConfig
+from formwright.models.generation import Generates
 
-ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
-POOLINGS = ("mean", "first", "last")
-
-
-@no_type_check  # transformers gives a config an __init__ that takes more than its fields; a type checker's would not
-class TransformerConfig(PreTrainedConfig):
-    """What a Transformer is made of.
-
-    Args:
-        architecture: "encoder" (bidirectional), "decoder" (causal) or "encoder-decoder".
-        vocab_size: ids; 0 = no token table (images only).
-        type_vocab_size: token types, as BERT's two segments; 0 = none.
-        hidden_size: width of a token.
-        num_hidden_layers: blocks of the encoder, or of the only stack.
-        num_decoder_layers: blocks of the decoder of an encoder-decoder; none = as many as the encoder's.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; none = as many as query heads, 1 = multi-query.
-        head_dim: width of a head; none = hidden_size / num_attention_heads.
-        intermediate_size: hidden width of the feed-forward layer; none = 4 x hidden_size, 8/3 x with a gate.
-        max_position_embeddings: longest sequence, for parts that need one.
-        mixer, position, feedforward, norm, block: specs, or lists of specs repeated over the layers ("none" leaves a
-        slot empty).
-        cross_mixer: the mixer that reads the encoder's output.
-        init: initialisation scheme.
-        image_size, patch_size, num_channels: images instead of ids when image_size > 0.
-        use_grid: whether patches lie on a grid for the parts, or count as a sequence, row by row.
-        embedding_norm: whether a norm follows the embeddings, as in BERT.
-        qkv_bias: whether query, key and value projections have biases.
-        dropout: of embeddings and of what each sub-layer adds.
-        pooling: which tokens a classifier reads: their mean, the first or the last.
-        pooler: whether a dense tanh layer precedes the classifier, as in BERT.
-        head_transform: whether a dense GELU layer and a norm precede the masked-language-model head, as in BERT.
-        lm_head_bias: whether the language-model head has a bias.
-    """
-
-    model_type = "formwright-transformer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "extra_losses"]
-
-    architecture: str = "encoder"
-    vocab_size: int = 256
-    type_vocab_size: int = 0
-    hidden_size: int = 64
-    num_hidden_layers: int = 2
-    num_decoder_layers: int | None = None
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 512
-    mixer: str | dict | list = "softmax"
-    position: str | dict | list = "sinusoidal"
-    feedforward: str | dict | list = "gelu"
-    norm: str | dict = "layernorm"
-    block: str | dict | list = "pre"
-    cross_mixer: str | dict = "softmax"
-    init: str | dict = "normal"
-    image_size: int = 0
-    patch_size: int = 4
-    num_channels: int = 3
-    use_grid: bool = False
-    embedding_norm: bool = False
-    qkv_bias: bool = True
-    dropout: float = 0.0
-    pooling: str = "mean"
-    pooler: bool = False
-    head_transform: bool = False
-    lm_head_bias: bool = False
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    decoder_start_token_id: int | None = None
-    is_decoder: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise FormwrightError(f"An architecture is one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}.")
-        if self.pooling not in POOLINGS:
-            raise FormwrightError(f"Pooling is one of {', '.join(POOLINGS)}, got {self.pooling!r}.")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise FormwrightError(f"{name} is a whole number from 1, got {getattr(self, name)!r}.")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise FormwrightError(
-                f"A hidden_size of {self.hidden_size} does not split into {self.num_attention_heads} heads; "
-                "set head_dim or another width."
-            )
-        if not 0 <= self.dropout < 1:
-            raise FormwrightError(f"dropout is a probability from 0 to below 1, got {self.dropout}.")
-        if self.vocab_size < 1 and self.image_size < 1:
-            raise FormwrightError("A Transformer reads ids or images: set vocab_size or image_size.")
-        self.is_encoder_decoder = self.architecture == "encoder-decoder"
-        self.is_decoder = self.architecture == "decoder"
-        super().__post_init__(**kwargs)
-
-    def layer_spec(self, slot: str, layer: int) -> Spec:
-        """The spec of one layer: a list repeats over the layers."""
-        given = getattr(self, slot)
-        if isinstance(given, list):
-            if not given:
-                raise FormwrightError(f"{slot} is an empty list; name at least one part.")
-            return given[layer % len(given)]
-        return given
-
-
-@dataclass
-class TransformerOutput(ModelOutput):
-    """What the body gives: last_hidden_state (b, n, d), and what was asked for besides."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    extra_losses: dict[str, Tensor] | None = None
+__all__ = [
+    "TransformerConfig",
+    "TransformerForCausalLM",
+    "TransformerForConditionalGeneration",
+    "TransformerForImageClassification",
+    "TransformerForMaskedLM",
+    "TransformerForSequenceClassification",
+    "TransformerForTokenClassification",
+    "TransformerHeadOutput",
+    "TransformerModel",
+    "TransformerPreTrainedModel",
+]
 
 
 @dataclass
@@ -172,437 +61,6 @@ class TransformerHeadOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
     extra_losses: dict[str, Tensor] | None = None
-
-
-class TransformerLayer(GradientCheckpointingLayer):
-    """One block, and whether it uses the position that all layers share."""
-
-    def __init__(self, block: nn.Module, *, uses_position: bool) -> None:
-        super().__init__()
-        self.block, self.uses_position = block, uses_position
-
-    def forward(
-        self, x: Float[Tensor, "b n d"], context: Context, cross: Context | None = None
-    ) -> Float[Tensor, "b n d"]:
-        step = decoded(self.block, x, context) if context.cache is not None else None
-        return self.block(x, context, cross) if step is None else step
-
-
-class Stack(nn.Module):
-    """Position, blocks and the final norm of an encoder or a decoder.
-
-    Args:
-        config: what to build.
-        side: "encoder" or "decoder".
-        crossed: whether the blocks read a memory.
-    """
-
-    def __init__(self, config: TransformerConfig, *, side: str, crossed: bool) -> None:
-        super().__init__()
-        depth = config.num_hidden_layers
-        if crossed and config.num_decoder_layers is not None:
-            depth = config.num_decoder_layers
-        self.dropout = config.dropout
-        known = {
-            "dim": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim or config.hidden_size // config.num_attention_heads,
-            "length": config.max_position_embeddings,
-            "layers": depth,
-            "causal": side == "decoder",
-            "vocab": config.vocab_size,
-            "grid": (config.image_size // config.patch_size,) * 2 if config.use_grid and config.image_size else None,
-        }
-        self.position = _shared_position(config, known)
-
-        def norm(width: int) -> nn.Module:
-            return build("norm", config.norm, dim=width)
-
-        self.embedding_norm = norm(config.hidden_size) if config.embedding_norm else None
-        layers, scored = [], False
-        for layer in range(depth):
-            known["layer"] = layer
-            own = None if self.position is not None else _own_position(config, known)
-            mixer = assemble.mixer(config.layer_spec("mixer", layer), position=own, qkv_bias=config.qkv_bias, **known)
-            cross = assemble.mixer(config.cross_mixer, qkv_bias=config.qkv_bias, **known) if crossed else None
-            if cross is not None:
-                for module in cross.modules():
-                    module.stack = "cross"
-            feedforward = assemble.feedforward(
-                config.layer_spec("feedforward", layer), hidden=config.intermediate_size, **known
-            )
-            block = build(
-                "block",
-                config.layer_spec("block", layer),
-                mixer=mixer,
-                feedforward=feedforward,
-                cross=cross,
-                norm=norm,
-                dropout=config.dropout,
-                **known,
-            )
-            needed = (hooks(self.position) | hooks(own)) & SCORE_HOOKS
-            scored = scored or bool(needed)
-            layers.append(TransformerLayer(block, uses_position=bool(needed) and needed <= mixer.hooks))
-        self.layers = nn.ModuleList(layers)
-        if scored and not any(layer.uses_position for layer in layers):
-            raise UnsupportedContext(
-                f"No mixer of {config.mixer!r} uses the position {config.position!r}: it works on attention scores. "
-                "Choose a position that is added to the tokens, such as sinusoidal or learned, or none."
-            )
-        self.norm = norm(config.hidden_size) if layers[-1].block.final_norm else None
-        for module in self.modules():
-            if not hasattr(module, "stack"):
-                module.stack = side
-
-    @property
-    def mixers(self) -> list[nn.Module]:
-        return [layer.block.mixer for layer in self.layers]
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n d"],
-        context: Context,
-        cross: Context | None = None,
-        cache: Cache | None = None,
-        hidden_states: list[Tensor] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        own_cache, cross_cache = _both(cache)
-        if self.position is not None and hasattr(self.position, "embed"):
-            x = self.position.embed(x, context)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        for i, layer in enumerate(self.layers):
-            if hidden_states is not None:
-                hidden_states.append(x)
-            here = context.at_layer(
-                cache=None if own_cache is None else own_cache.layers[i],
-                shared_position=self.position if layer.uses_position else None,
-            )
-            there = None
-            if cross is not None:
-                there = cross.at_layer(cache=None if cross_cache is None else cross_cache.layers[i])
-            x = layer(x, here, there)
-        if self.norm is not None:
-            x = self.norm(x)
-        if hidden_states is not None:
-            hidden_states.append(x)
-        return x
-
-
-def _shared_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module | None:
-    """The one position of all layers; none when there is no position or each layer has its own."""
-    if isinstance(config.position, list) or parse_spec(config.position)["name"] == "none":
-        return None
-    position = build("position", config.position, **known)
-    return position if scope(position) == "model" else None
-
-
-def _own_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module | None:
-    """The position of one layer.
-
-    Raises:
-        UnsupportedContext: a list of positions holds one that is added to the tokens, which happens once and not in
-            a layer.
-    """
-    spec = config.layer_spec("position", known["layer"])
-    if parse_spec(spec)["name"] == "none":
-        return None
-    position = build("position", spec, **known)
-    if "embed" in hooks(position):
-        raise UnsupportedContext(f"{spec!r} is added to the tokens once; give it alone, not in a list of positions.")
-    return position
-
-
-def _both(cache: Cache | None) -> tuple[Cache | None, Cache | None]:
-    if isinstance(cache, EncoderDecoderCache):
-        return cache.self_attention_cache, cache.cross_attention_cache
-    return cache, None
-
-
-class Embeddings(nn.Module):
-    """Ids or pixels to tokens."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.vocab_size else None
-        self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
-        self.patches = (
-            PatchEmbedding(
-                dim=config.hidden_size,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-                channels=config.num_channels,
-            )
-            if config.image_size
-            else None
-        )
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "b n"] | None,
-        token_type_ids: Int[Tensor, "b n"] | None,
-        inputs_embeds: Float[Tensor, "b n d"] | None,
-        pixel_values: Float[Tensor, "b c h w"] | None,
-    ) -> Float[Tensor, "b n d"]:
-        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "pixel_values": pixel_values}
-        present = [name for name, value in given.items() if value is not None]
-        if len(present) != 1:
-            raise FormwrightError(f"Give the model one of {', '.join(given)}; got {', '.join(present) or 'none'}.")
-        if pixel_values is not None:
-            if self.patches is None:
-                raise FormwrightError("This model reads ids; for images set image_size in its config.")
-            return self.patches(pixel_values)
-        if input_ids is not None and self.tokens is None:
-            raise FormwrightError("This model reads images; for ids set vocab_size in its config.")
-        x = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.types is not None:
-            types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-            x = x + self.types(types if token_type_ids is None else token_type_ids)
-        elif token_type_ids is not None and bool(token_type_ids.any()):
-            raise FormwrightError(
-                "This model knows no token types; set type_vocab_size in its config or leave them out."
-            )
-        return x
-
-
-class TransformerPreTrainedModel(PreTrainedModel):
-    """What all share: initialisation by the config's scheme, and the places transformers looks at."""
-
-    config: TransformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is a mean over this batch; the Trainer divides under accumulation
-    _no_split_modules = ("TransformerLayer",)
-    _supports_sdpa = True
-    _input_embed_layer = "tokens"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if type(module).__module__.startswith("torch.nn"):
-            self._scheme(module)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-
-    @cached_property
-    def _scheme(self) -> Any:
-        config = self.config
-        paired = config.architecture == "encoder-decoder"
-        decoder_layers = (config.num_decoder_layers or config.num_hidden_layers) if paired else config.num_hidden_layers
-        return build(
-            "init",
-            config.init,
-            dim=config.hidden_size,
-            layers=config.num_hidden_layers,
-            encoder_layers=0 if config.architecture == "decoder" else config.num_hidden_layers,
-            decoder_layers=0 if config.architecture == "encoder" else decoder_layers,
-        )
-
-    def set_attn_implementation(self, attn_implementation: Any, *_args: Any, **_kwargs: Any) -> None:
-        raise FormwrightError(
-            f"A Formwright Transformer takes its attention from its config: mixer={self.config.mixer!r} now. "
-            f"Build it with another mixer instead of setting {attn_implementation!r}."
-        )
-
-
-class TransformerModel(TransformerPreTrainedModel):
-    """The body without a head."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-        self.embeddings = Embeddings(config)
-        paired = config.architecture == "encoder-decoder"
-        self.encoder = Stack(config, side="encoder", crossed=False) if config.architecture != "decoder" else None
-        self.decoder = Stack(config, side="decoder", crossed=paired) if config.architecture != "encoder" else None
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @property
-    def main_input_name(self) -> str:
-        return "pixel_values" if self.config.image_size else "input_ids"
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.tokens = value
-
-    def new_cache(self, capacity: int = 0) -> Cache:
-        """An empty cache for this model.
-
-        Args:
-            capacity: tokens to make room for at once.
-
-        Raises:
-            UnsupportedContext: a mixer cannot decode step by step, or the model is an encoder.
-        """
-        if self.decoder is None:
-            raise UnsupportedContext("An encoder decodes nothing; build a decoder to use a cache.")
-        own = new_cache(self.decoder.mixers, capacity=capacity)
-        if self.encoder is None:
-            return own
-        return EncoderDecoderCache(own, new_cache(layer.block.cross for layer in self.decoder.layers))
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Int[Tensor, "b n"] | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Int[Tensor, "b n"] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Float[Tensor, "b n d"] | None = None,
-        pixel_values: Float[Tensor, "b c h w"] | None = None,
-        decoder_input_ids: Int[Tensor, "b t"] | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        decoder_position_ids: Tensor | None = None,
-        encoder_outputs: Any = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> TransformerOutput:
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states = [] if asked else None
-        asked = self.config.output_attentions if output_attentions is None else output_attentions
-        attentions = [] if asked else None
-        if self.decoder is None:
-            if past_key_values is not None:
-                raise UnsupportedContext("An encoder keeps no cache; leave past_key_values out or build a decoder.")
-            x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
-            context = self._context(x, attention_mask, position_ids, attentions=attentions)
-            x = self.encoder(x, context, hidden_states=hidden_states)
-            return _output(x, context, hidden_states)
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        memory = None
-        if self.encoder is not None:
-            if encoder_outputs is None:
-                encoder_outputs = self.encode(
-                    input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values
-                )
-            memory = encoder_outputs[0]
-            memory_mask = attention_mask
-            input_ids, attention_mask, position_ids = decoder_input_ids, decoder_attention_mask, decoder_position_ids
-            token_type_ids = inputs_embeds = pixel_values = None
-            if input_ids is None:
-                raise FormwrightError("An encoder-decoder needs decoder_input_ids, or labels to make them from.")
-        elif decoder_input_ids is not None or encoder_outputs is not None:
-            raise UnsupportedContext(
-                "A decoder without encoder takes input_ids alone; build an encoder-decoder instead."
-            )
-        if use_cache and past_key_values is None and self._can_cache():
-            past_key_values = self.new_cache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
-        context = self._context(x, attention_mask, position_ids, past=past, causal=True, attentions=attentions)
-        cross = None
-        if memory is not None:
-            cross = Context(
-                queries=x.shape[1],
-                keys=memory.shape[1],
-                padding=_padding(memory_mask, memory.shape[1]),
-                memory=memory,
-                losses=context.losses,
-                attentions=attentions,
-                device=x.device,
-            )
-        x = self.decoder(x, context, cross, past_key_values, hidden_states)
-        output = _output(x, context, hidden_states)
-        output.past_key_values = past_key_values
-        output.encoder_last_hidden_state = memory
-        return output
-
-    def encode(
-        self,
-        input_ids: Int[Tensor, "b n"] | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Int[Tensor, "b n"] | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Float[Tensor, "b n d"] | None = None,
-        pixel_values: Float[Tensor, "b c h w"] | None = None,
-    ) -> BaseModelOutput:
-        """The encoder's side alone: last_hidden_state (b, n, d)."""
-        x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
-        return BaseModelOutput(last_hidden_state=self.encoder(x, self._context(x, attention_mask, position_ids)))
-
-    def _can_cache(self) -> bool:
-        return all(mixer.cache_kind is not None for mixer in self.decoder.mixers)
-
-    def _context(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        *,
-        past: int = 0,
-        causal: bool = False,
-        attentions: list[Tensor] | None = None,
-    ) -> Context:
-        keys = past + x.shape[1]
-        padding = _padding(attention_mask, keys)
-        patches = self.embeddings.patches
-        return Context(
-            queries=x.shape[1],
-            keys=keys,
-            causal=causal,
-            padding=padding,
-            positions=_positions(position_ids, padding, past, keys, x.device),
-            grid=patches.grid if self.config.use_grid and patches is not None else None,
-            attentions=attentions,
-            device=x.device,
-        )
-
-
-def _output(x: Tensor, context: Context, hidden_states: list[Tensor] | None) -> TransformerOutput:
-    return TransformerOutput(
-        last_hidden_state=x,
-        hidden_states=None if hidden_states is None else tuple(hidden_states),
-        attentions=None if context.attentions is None else tuple(context.attentions),
-        extra_losses=context.losses or None,
-    )
-
-
-def _padding(attention_mask: Tensor | None, keys: int) -> Bool[Tensor, "b k"] | None:
-    """The mask as True = real; none when it hides nothing, which only untraced code can ask."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != keys:
-        raise FormwrightError(
-            f"attention_mask must be (batch, {keys}), one entry for every token including cached ones, "
-            f"got {tuple(attention_mask.shape)}."
-        )
-    real = attention_mask.bool()
-    return None if not torch.compiler.is_compiling() and bool(real.all()) else real
-
-
-def _positions(
-    position_ids: Tensor | None, padding: Tensor | None, past: int, keys: int, device: torch.device
-) -> Int[Tensor, "b k"] | None:
-    """Where every key stands, counting real tokens; none when that is 0, 1, 2, ... in every row.
-
-    The cached tokens' positions follow from the padding, as transformers' `generate` counts them.
-    """
-    traced = torch.compiler.is_compiling()
-    plain = torch.arange(keys, device=device)[None]
-    if padding is None:
-        every = plain
-    elif not traced and bool((padding[:, 1:] <= padding[:, :-1]).all()):
-        every = plain  # padding on the right moves no real token
-    else:
-        every = (padding.long().cumsum(-1) - 1).clamp(min=0)
-    if position_ids is not None:
-        if position_ids.shape[-1] != keys - past:
-            raise FormwrightError(
-                f"position_ids must have one entry for each of the {keys - past} tokens, "
-                f"got {tuple(position_ids.shape)}."
-            )
-        rows = max(len(position_ids), len(every))
-        every = torch.cat([every[:, :past].expand(rows, -1), position_ids.expand(rows, -1)], dim=1)
-    if every is plain or (not traced and bool((every == plain).all())):
-        return None
-    return every
 
 
 class _Head(TransformerPreTrainedModel):
@@ -641,45 +99,7 @@ def token_loss(logits: Float[Tensor, "b n c"], labels: Int[Tensor, "b n"]) -> Fl
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-class _Generates(GenerationMixin):
-    """generate with our own cache. The class name ends as transformers' checks want it to: see `can_generate`."""
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        _generation_mode: Any,
-        _batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise FormwrightError(
-                f"cache_implementation={generation_config.cache_implementation!r} has no meaning here: a Formwright "
-                "Transformer makes its own growing cache; leave the argument out."
-            )
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False and self.model._can_cache():
-            model_kwargs["past_key_values"] = self.model.new_cache(capacity=max_cache_length)
-        else:
-            generation_config.use_cache = False
-
-    @property
-    def _is_stateful(self) -> bool:
-        return any(mixer.cache_kind == "state" for mixer in self.model.decoder.mixers)
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, *_settings: Any
-    ) -> dict[str, Any]:
-        if self.model.encoder is None or model_kwargs.get("encoder_outputs") is not None:
-            return model_kwargs
-        names = ("attention_mask", "token_type_ids", "position_ids")
-        given = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
-        given[model_input_name or self.main_input_name] = inputs_tensor
-        return model_kwargs | {"encoder_outputs": self.model.encode(**given)}
-
-
-class TransformerForCausalLM(_Head, _Generates, GenerationMixin):
+class TransformerForCausalLM(_Head, Generates, GenerationMixin):
     """Next-token prediction: logits (b, n, vocab); labels are the ids themselves, shifted here."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.tokens.weight"}
@@ -727,7 +147,7 @@ class TransformerForCausalLM(_Head, _Generates, GenerationMixin):
         return self._output(body, logits, loss)
 
 
-class TransformerForConditionalGeneration(_Head, _Generates, GenerationMixin):
+class TransformerForConditionalGeneration(_Head, Generates, GenerationMixin):
     """Sequence to sequence: logits (b, t, vocab); decoder inputs are the labels moved one place to the right unless
     given.
     """

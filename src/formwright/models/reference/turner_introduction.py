@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from formwright.errors import FormwrightError
-from formwright.models.transformer import Stack, TransformerModel
+from formwright.models.body import Stack, TransformerModel
 
 Array = np.ndarray
 
