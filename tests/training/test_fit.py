@@ -140,7 +140,7 @@ def test_what_decays_are_matrices_that_are_no_tables_and_no_exceptions():
     model = nn.ModuleDict(
         {"table": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "first": nn.Linear(4, 4), "second": nn.Linear(4, 4)}
     )
-    model["second"].weight._no_weight_decay = True
+    model["second"].no_weight_decay = ("weight",)
     model["first"].weight.requires_grad_(True)
     decayed, spared = decay_groups(model, 0.3)
     assert decayed["weight_decay"] == 0.3
@@ -234,3 +234,17 @@ def test_a_dataset_without_many_at_once_is_read_too(worker):
     plain = replace(task, train=Plain(task.train), test=Plain(task.test))
     assert fit(worker.small(), plain, settings).losses == fit(worker.small(), task, settings).losses
     assert evaluate(worker.small(), plain).metrics == evaluate(worker.small(), task).metrics
+
+
+def test_the_exceptions_survive_saving_and_loading(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from formwright.models.transformer import TransformerConfig, TransformerForCausalLM
+
+    sizes = {"architecture": "decoder", "mixer": "mamba", "feedforward": "fast-feedforward(depth=1)", "hidden_size": 16}
+    TransformerForCausalLM(TransformerConfig(**sizes)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    decayed = {id(p) for p in decay_groups(model, 0.1)[0]["params"]}
+    names = {name.rpartition("block.")[2] for name, p in model.named_parameters() if id(p) in decayed}
+    mixer = {f"mixer.{name}.weight" for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")}
+    assert names == mixer | {"feedforward.node_weight", "feedforward.up", "feedforward.down"}

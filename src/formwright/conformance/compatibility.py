@@ -24,8 +24,8 @@ PAGE = Path("docs/generated/compatibility.md")
 TOLERANCE = 1e-4
 LENGTH, REAL = 7, (4, 7)
 
-HEAD = """Every cell is a Transformer of one layer that was built and run; `python -m formwright.conformance.compatibility`
-writes this.
+HEAD = """Every cell is a Transformer of one layer that was built and run;
+`python -m formwright.conformance.compatibility` writes this.
 
 | Letter | What was run |
 |---|---|

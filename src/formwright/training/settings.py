@@ -22,7 +22,7 @@ class Settings:
         learning_rate: of AdamW, the highest of the schedule.
         schedule: after the warm-up; cosine and linear fall to 2 % of the learning rate.
         warmup: the share of the steps in which the rate rises from 0, below 1.
-        weight_decay: on matrices; norms, biases, embeddings and what carries `_no_weight_decay` are spared.
+        weight_decay: on matrices; norms, biases, embeddings and what carries `no_weight_decay` are spared.
         betas: AdamW's two.
         clip: the largest norm of the gradient; 0 clips nothing.
         accumulate: how many batches, one after the other, make up the `batch_size` rows of a process.

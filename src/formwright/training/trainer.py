@@ -20,12 +20,13 @@ from formwright.training.settings import Settings
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's two groups: matrices, which decay, and all else: vectors and numbers (norms, biases), embedding
-    tables, `_no_weight_decay`."""
+    tables, and what a module names in its `no_weight_decay`."""
+    named = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())}
     tables = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
     decayed, spared = [], []
     for parameter in model.parameters():  # shared ones once
         if parameter.requires_grad:
-            free = parameter.ndim < 2 or id(parameter) in tables or getattr(parameter, "_no_weight_decay", False)
+            free = parameter.ndim < 2 or id(parameter) in tables or id(parameter) in named
             (spared if free else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from formwright.contracts import Context, UnsupportedContext
 from formwright.models.cache import State
 from formwright.parts.mixing.mamba import Mamba
+from formwright.training.trainer import decay_groups
 
 
 def seeded(**options):
@@ -46,9 +47,11 @@ def test_the_initial_dynamics_are_the_papers():
     assert 0.24 <= mixer.dt_proj.weight.abs().max() <= 0.25  # R^-1/2, R = 16
 
 
-def test_what_weight_decay_would_spoil_is_marked():
-    marked = {name for name, p in Mamba(dim=24).named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert marked == {"A_log", "D", "dt_proj.bias"}
+def test_what_weight_decay_would_spoil_is_spared():
+    mixer = Mamba(dim=24)
+    spared = {id(p) for group in decay_groups(mixer, 0.1) if not group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in mixer.named_parameters() if id(p) in spared}
+    assert names == {"A_log", "D", "dt_proj.bias", "conv1d.bias"}
 
 
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])

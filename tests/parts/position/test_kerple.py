@@ -93,10 +93,6 @@ def test_first_values_fill_the_releases_ranges():
             assert r.max().item() == pytest.approx(top, abs=0.02)
 
 
-def test_neither_number_is_weight_decayed():
-    assert all(parameter._no_weight_decay for parameter in KERPLE(heads=2).parameters())
-
-
 def test_a_bfloat16_model_measures_distance_in_fp32():
     bias = with_numbers("log", [1.0], [1.0]).bfloat16().bias(Context(queries=1, keys=3000)).dense()
     torch.testing.assert_close(bias[0, 0], -torch.log(1 + torch.arange(2999.0, -1, -1)))

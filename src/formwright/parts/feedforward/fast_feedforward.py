@@ -92,8 +92,8 @@ class FastFeedForward(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(self.leaves, self.leaf))
         self.down = nn.Parameter(torch.empty(self.leaves, self.leaf, dim))
         self.down_bias = nn.Parameter(torch.empty(self.leaves, dim))
-        for name, parameter in self.named_parameters():
-            parameter._no_weight_decay = name.endswith("bias")
+        biases = (name for name, _ in self.named_parameters() if name.endswith("bias"))
+        self.no_weight_decay = tuple(biases)  # a row for every leaf makes them look like matrices
         self.register_buffer("leaf_usage", torch.zeros(self.leaves), persistent=False)
         self.register_buffer("node_usage", torch.zeros(self.nodes), persistent=False)
         self.reset_parameters()

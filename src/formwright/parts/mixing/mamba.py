@@ -49,6 +49,7 @@ class Mamba(nn.Module):
 
     cache_kind: ClassVar[Literal["keys", "state"] | None] = "state"
     hooks: ClassVar[frozenset[Hook]] = frozenset()
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log", "D")
 
     def __init__(
         self,
@@ -83,8 +84,6 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.inner: nn.Module = nn.Identity()
         self.out_proj.role = "out"
-        for parameter in (self.A_log, self.D, self.dt_proj.bias):
-            parameter._no_weight_decay = True
         self.reset_parameters()
 
     @torch.no_grad()

@@ -46,7 +46,6 @@ class KERPLE(nn.Module):
         self.kernel = kernel
         self.r1 = nn.Parameter(torch.empty(heads))
         self.r2 = nn.Parameter(torch.empty(heads))
-        self.r1._no_weight_decay = self.r2._no_weight_decay = True
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
