@@ -145,8 +145,6 @@ class _Coefficients(nn.Module):
         if order < 1:
             raise FormwrightError(f"A polynomial activation needs order >= 1, got order={order}; the paper's is 3.")
         self.weight, self.bias = nn.Parameter(torch.empty(order)), nn.Parameter(torch.empty(1))
-        for parameter in self.parameters():
-            parameter._no_weight_decay = True
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
