@@ -18,7 +18,7 @@ Stores   x alone: the backward pass computes the powers again. norm(x^3) needs x
          is evaluated in float32, and x^3 may still exceed what float16 can return.
 Differs  In nothing from the paper. The release wraps the powers in activation checkpointing for the memory that the
          backward pass saves here; it stores the coefficients as weight = [a_3, a_2, a_1], bias = [a_0], like ours. Its
-         mixture-of-experts configuration applies weight decay to them; here they are marked as free of it.
+         mixture-of-experts configuration applies weight decay to them; here, as all vectors, they are free of it.
 """
 
 from typing import Any
