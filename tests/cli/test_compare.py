@@ -98,7 +98,9 @@ def test_an_interrupt_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    program = [sys.executable, "-c", "from formwright.cli import main; main()", *arguments]
+    # a shell that runs the tests in the background lets its children ignore interrupts: this one must not
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = [sys.executable, "-c", f"{start}; from formwright.cli import main; main()", *arguments]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 200
     path = tmp_path / "records.jsonl"
