@@ -7,8 +7,7 @@ Here   A two-layer character model of Python's own manual, 200 steps of 16 windo
        step of one layer of width 64 at 512 and at 2,048 tokens, AFT-local against attention that forms its map and
        against torch's fused attention, which does not.
 Fair   All get the same steps, batches, learned positions and learning rates; each is read at the rate that is best
-for it
-       on validation text.
+       for it on validation text.
 Rule   loss = nats a byte on the test text.
        holds                in every seed AFT-local's loss is at most softmax's
        holds in direction   AFT-local's mean loss is nearer to softmax's than to AFT-simple's

@@ -3,22 +3,21 @@
 Paper    Zhai et al.: An Attention Free Transformer (2021), arXiv:2105.14103.
 Idea     Every channel takes its own weighted mean of the values; the query only gates what comes out.
 
-             Y_t = sigmoid(Q_t) * [sum_t' exp(K_t' + w_t,t') * V_t'] / [sum_t' exp(K_t' + w_t,t')]      t' <= t when
-             causal
+             Y_t = sigmoid(Q_t) * [sum_t' exp(K_t' + w_t,t') * V_t'] / [sum_t' exp(K_t' + w_t,t')]
+
+         over all t', or t' <= t when causal.
 
          full    w of every pair of positions (T, T), the same for all channels, or w = u v^T of a small rank
          simple  w = 0: one mean for all, or the mean so far
          local   w learned for |t - t'| < s and 0 (not -inf) beyond, so that distant tokens still count
          conv    w set by t - t' within a kernel of side s, one a head, on a line or on a grid; K has one channel a
-         head.
-                 w = gamma (raw - mean) / std + beta, gamma and beta a head, both 0 at the start, which is simple with
-                 shared keys
+                 head. w = gamma (raw - mean) / std + beta, gamma and beta a head, both 0 at the start, which is
+                 simple with shared keys
 
          Time T^2 D, T D, T s D, T s D (s^2 on a grid); memory T D beside w. Decoding keeps the keys and values (full)
          or a state of constant size (the others): the sums so far and the last s - 1 keys and values.
 Differs  The sums outside and inside a window are added where the paper adds (e^w - 1) to the sum of everything; the
-same in exact
-         arithmetic. A token's row and column of w are those of its position, so that padding on the left moves
+         same in exact arithmetic. A token's row and column of w are those of its position, so that padding on the left moves
          nothing; lags of local and conv count tokens. One matrix V and one Q with D channels, as in the paper; biases
          on the projections are an option.
 """
