@@ -17,9 +17,9 @@ Idea     Every channel takes its own weighted mean of the values; the query only
          Time T^2 D, T D, T s D, T s D (s^2 on a grid); memory T D beside w. Decoding keeps the keys and values (full)
          or a state of constant size (the others): the sums so far and the last s - 1 keys and values.
 Differs  The sums outside and inside a window are added where the paper adds (e^w - 1) to the sum of everything; the
-         same in exact arithmetic. A token's row and column of w are those of its position, so that padding on the left moves
-         nothing; lags of local and conv count tokens. One matrix V and one Q with D channels, as in the paper; biases
-         on the projections are an option.
+         same in exact arithmetic. A token's row and column of w are those of its position, so that padding on the left
+         moves nothing; lags of local and conv count tokens. One matrix V and one Q with D channels, as in the paper;
+         biases on the projections are an option.
 """
 
 import math
