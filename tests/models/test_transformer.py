@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DynamicCache,
 )
 
 from formwright.contracts import UnsupportedContext
@@ -208,6 +209,19 @@ def test_checkpointed_gradients_are_the_plain_ones():
 
     for plain, again in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(plain, again)
+
+
+def test_a_cache_of_another_model_or_batch_is_refused():
+    model, whole = decoder(), ids()
+    with pytest.raises(UnsupportedContext, match="not made for this model"):
+        model(whole, past_key_values=DynamicCache())
+    with pytest.raises(UnsupportedContext, match="not made for this model"):
+        model(whole, past_key_values=decoder(mixer="mamba", position="none").model.new_cache())
+    cache = model(whole[:1], use_cache=True).past_key_values
+    with pytest.raises(UnsupportedContext, match="holds 1 sequences, but 2"):
+        model(whole, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    assert model(whole, past_key_values=cache).logits.shape == (2, 9, 50)
 
 
 @pytest.mark.parametrize(

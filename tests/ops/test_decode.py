@@ -145,3 +145,49 @@ def test_weights_that_were_replaced_are_the_ones_used():
         steps(made, ids)
         made.model.decoder.layers[0].block.feedforward.down = nn.Linear(64, 16)
         torch.testing.assert_close(steps(made, ids), made(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def prefilled(made, ids, *, autocast=False, grad=False):
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        return made(ids, use_cache=True).past_key_values
+
+
+def test_buffers_of_another_batch_or_dtype_are_not_handed_to_the_kernel(calls):
+    made, ids = model(), torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for cache, new in (
+            (prefilled(made, ids[:1]), ids[:, :1]),
+            (prefilled(made, ids), ids[:1, :1]),
+            (prefilled(made, ids, autocast=True), ids[:, :1]),
+        ):
+            with pytest.raises((ValueError, RuntimeError)):
+                made(new, past_key_values=cache)
+    assert not calls
+
+
+def test_buffers_that_are_views_are_not_handed_to_the_kernel(calls):
+    made, ids = model(), torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = prefilled(made, ids, grad=True)  # kept out of place, as the projection left them
+    cache.crop(-3)
+    with torch.no_grad():
+        stepped = made(ids[:, 6:7], past_key_values=cache).logits
+        torch.testing.assert_close(stepped, made(ids[:, :7]).logits[:, 6:], atol=1e-4, rtol=1e-4)
+    assert not calls
+
+
+def test_a_mask_for_another_batch_is_not_handed_to_the_kernel(calls):
+    made, ids = model(), torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache, mask = prefilled(made, ids), torch.ones(1, 10, dtype=torch.long)
+    mask[0, 0] = 0
+    with torch.no_grad(), pytest.raises(ValueError, match="attention_mask"):
+        made(ids[:, :1], past_key_values=cache, attention_mask=mask)
+    assert not calls
+
+
+def test_a_hook_on_what_the_last_matrix_reads_is_called(calls):
+    made, ids, seen = model(), torch.arange(6)[None], []
+    made.model.decoder.layers[0].block.feedforward.inner.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        steps(made, ids)
+    assert len(seen) == 4
+    assert len(calls) == 3

@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from formwright.build import build, parse_spec
 from formwright.contracts import SCORE_HOOKS, Context, UnsupportedContext, hooks, scope
 from formwright.errors import FormwrightError
-from formwright.models.cache import new_cache
+from formwright.models.cache import new_cache, refuse_other_caches
 from formwright.models.config import TransformerConfig
 from formwright.models.decoding import decoded
 from formwright.parts import assemble
@@ -359,15 +359,17 @@ class TransformerModel(TransformerPreTrainedModel):
             )
         if use_cache and past_key_values is None and self._can_cache():
             past_key_values = self.new_cache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
+        if past_key_values is not None:
+            refuse_other_caches(_both(past_key_values)[0], self.decoder.mixers, batch=len(x))
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         context = self._context(x, attention_mask, position_ids, past=past, causal=True, attentions=attentions)
         cross = None
         if memory is not None:
             cross = Context(
                 queries=x.shape[1],
                 keys=memory.shape[1],
-                padding=_padding(memory_mask, memory.shape[1]),
+                padding=_padding(memory_mask, len(memory), memory.shape[1]),
                 memory=memory,
                 losses=context.losses,
                 attentions=attentions,
@@ -406,7 +408,7 @@ class TransformerModel(TransformerPreTrainedModel):
         attentions: list[Tensor] | None = None,
     ) -> Context:
         keys = past + x.shape[1]
-        padding = _padding(attention_mask, keys)
+        padding = _padding(attention_mask, len(x), keys)
         patches = self.embeddings.patches
         return Context(
             queries=x.shape[1],
@@ -429,13 +431,13 @@ def _output(x: Tensor, context: Context, hidden_states: list[Tensor] | None) -> 
     )
 
 
-def _padding(attention_mask: Tensor | None, keys: int) -> Bool[Tensor, "b k"] | None:
+def _padding(attention_mask: Tensor | None, batch: int, keys: int) -> Bool[Tensor, "b k"] | None:
     """The mask as True = real; none when it hides nothing, which only untraced code can ask."""
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != keys:
+    if attention_mask.shape != (batch, keys):
         raise FormwrightError(
-            f"attention_mask must be (batch, {keys}), one entry for every token including cached ones, "
+            f"attention_mask must be ({batch}, {keys}), one entry for every token including cached ones, "
             f"got {tuple(attention_mask.shape)}."
         )
     real = attention_mask.bool()

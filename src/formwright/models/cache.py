@@ -4,7 +4,7 @@
 past; `State` holds the tuple of a recurrent mixer. `new_cache(mixers)` makes one layer a mixer by its `cache_kind`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,11 @@ class KeyValues(CacheLayerMixin):
     def stored(self) -> tuple[Tensor, Tensor] | None:
         return (self.keys[..., : self.length, :], self.values[..., : self.length, :]) if self.length else None
 
+    @property
+    def batch(self) -> int | None:
+        """How many sequences are kept; none before any."""
+        return len(self.keys) if self.is_initialized else None
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -138,6 +143,11 @@ class State(CacheLayerMixin):
     def stored(self) -> None:
         return None
 
+    @property
+    def batch(self) -> int | None:
+        """How many sequences are kept; none before any."""
+        return None if self.state is None else len(self.state[0])
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -175,6 +185,26 @@ class State(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each(lambda t: t[indices])
+
+
+def refuse_other_caches(cache: Cache, mixers: Sequence[Mixer], *, batch: int) -> None:
+    """A cache that was made for other layers or another batch is refused before anything is written into it.
+
+    Raises:
+        UnsupportedContext: what the cache holds does not fit.
+    """
+    states = [isinstance(layer, State) for layer in cache.layers]
+    if states != [mixer.cache_kind == "state" for mixer in mixers]:
+        raise UnsupportedContext(
+            f"past_key_values is a {type(cache).__name__} of {len(cache.layers)} layers that was not made for this "
+            f"model of {len(mixers)}: leave it out, or take the one that TransformerModel.new_cache() makes."
+        )
+    held = next((layer.batch for layer in cache.layers if getattr(layer, "batch", None) is not None), batch)
+    if held != batch:
+        raise UnsupportedContext(
+            f"past_key_values holds {held} sequences, but {batch} go on: repeat or select its rows first with its "
+            "batch_repeat_interleave or batch_select_indices."
+        )
 
 
 def new_cache(mixers: Iterable[Mixer], *, capacity: int = SMALLEST) -> Cache:

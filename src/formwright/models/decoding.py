@@ -52,7 +52,7 @@ def decoded(block: nn.Module, x: Tensor, context: Context) -> Tensor | None:
         type(module) is not kind for kind, modules in wanted for module in modules
     ):
         return None
-    hooked = (block, mixer, feedforward, inside["attention"], *linears, *norms)
+    hooked = (block, mixer, feedforward, *inside.values(), *beyond.values(), *norms)
     if any(module._forward_hooks or module._forward_pre_hooks for module in hooked):
         return None
     first, second = norms
@@ -62,21 +62,33 @@ def decoded(block: nn.Module, x: Tensor, context: Context) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in weights):
         return None
-    past = context.cache.claim(1)
-    if past is None:
+    cache, padding = context.cache, context.padding
+    if not _serves(cache, (len(x), mixer.kv_heads, mixer.head_dim)):
         return None
+    if padding is not None and padding.shape != (len(x), cache.length + 1):
+        return None
+    past = cache.claim(1)
     return block_step(
         x,
         BlockWeights(*weights),
-        context.cache.keys,
-        context.cache.values,
+        cache.keys,
+        cache.values,
         past=past,
         heads=mixer.heads,
         eps=(first.eps, second.eps),
         activation=ACTIVATIONS[type(feedforward)],
-        seen=context.padding,
+        seen=padding,
+    )
+
+
+def _serves(cache: KeyValues, shape: tuple[int, int, int]) -> bool:
+    """Whether the call may write into the buffers: a prefill under autocast or with gradients leaves other ones."""
+    return cache.is_initialized and all(
+        _plain(buffer) and (*buffer.shape[:2], buffer.shape[3]) == shape for buffer in (cache.keys, cache.values)
     )
 
 
 def _plain(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    """Numbers at an address of their own; a subclass (a quantised weight) may hold something else."""
+    known = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return known and tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
