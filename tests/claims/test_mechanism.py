@@ -292,6 +292,15 @@ def test_the_command_ends_with_two_on_bad_input(arguments, says):
     assert says in bad.output
 
 
+def test_the_command_tries_its_folder_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "load", lambda _: study("made", module(**WHOLE)))
+    monkeypatch.setattr(claims, "reproduce", lambda *_, **__: pytest.fail("it began to work"))
+    (tmp_path / "file").touch()
+    bad = CliRunner().invoke(app, ["reproduce", "made", "--out", str(tmp_path / "file")])
+    assert bad.exit_code == 2
+    assert "Not a directory" in bad.output
+
+
 def test_an_unknown_system_is_a_sentence():
     with pytest.raises(FormwrightError, match="No system is called 'nosuchthing'"):
         claims.load("nosuchthing")

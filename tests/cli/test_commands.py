@@ -1,5 +1,6 @@
 """list, show and what all commands share."""
 
+import errno
 import json
 import os
 import pty
@@ -123,15 +124,22 @@ def test_an_unknown_name_suggests_the_nearest():
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("raised", [FormwrightError("No such thing."), KeyboardInterrupt()])
-def test_an_error_is_one_line_and_an_exit_status(raised, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "says", "status"),
+    [
+        (FormwrightError("No such thing."), "Error: No such thing.\n", 2),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "Error: a/b: Not a directory\n", 2),
+        (OSError("It cannot be read."), "Error: It cannot be read.\n", 2),
+        (KeyboardInterrupt(), "Interrupted.\n", 130),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_status(raised, says, status, monkeypatch):
     def fail(name: str) -> None:
         assert name == "aft"
         raise raised
 
     monkeypatch.setattr("formwright.cli.show.show", fail)
     result = run("show", "aft")
-    says, status = ("Interrupted.\n", 130) if isinstance(raised, KeyboardInterrupt) else ("Error: No such thing.\n", 2)
     assert (result.exit_code, result.stderr, result.stdout) == (status, says, "")
 
 
@@ -158,8 +166,7 @@ def test_quick_and_without_torch(words):
         "try: formwright.cli.main()\n"
         f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
     )
-    best = min(seconds(code) for _ in range(3))
-    assert best < 0.5
+    assert any(seconds(code) < 0.5 for _ in range(3))  # the first is slow where nothing is compiled yet
 
 
 def seconds(code):

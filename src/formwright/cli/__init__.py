@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 a trial or check failed, 2 bad input, 130 interrupted.
 """
 
+import errno
 import importlib
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,12 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except FormwrightError as error:
             typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:  # a folder that cannot be made, a file that cannot be read
+            if error.errno == errno.EPIPE:  # the reader of a pipe has gone: nobody reads a sentence either
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"Error: {where}{error.strerror or error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             typer.echo("Interrupted.", err=True)

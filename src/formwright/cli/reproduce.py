@@ -42,6 +42,8 @@ def reproduce(
         os.environ["FORMWRIGHT_DATA"] = str(data.resolve())
     study = claims.load(name)
     root = out or checkout() or Path.cwd()
+    for folder in (root / "runs" / "claims", *([root / "evidence"] if scale == "full" else [])):
+        folder.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after them
     log = Console(stderr=as_json, highlight=False)
     for claim in study.claims:
         log.print(f"[bold]{study.slug}[/]: {claim.statement}")
@@ -59,7 +61,6 @@ def reproduce(
     found = claims.evidence(study, outcomes)
     if scale == "full":
         path = root / "evidence" / f"{study.slug}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".json.part")
         unfinished.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(path)
