@@ -92,6 +92,17 @@ def test_duplicates_stand_on_one_side_only(tmp_path):
     assert len(task.train) + len(task.test) == 60
 
 
+def test_a_text_of_the_second_file_is_not_trained_on(csv, tmp_path):
+    shared = TABLE.iloc[[0, 1, 2, 2]]
+    other = pd.DataFrame({"body": ["a lovely new one"], "kind": ["fine"]})
+    write(pd.concat([shared, other], ignore_index=True), tmp_path / "test.csv")
+    task = load(csv, f",test={tmp_path / 'test.csv'}")
+    assert (len(task.train), len(task.test)) == (57, 5)
+    write(shared, tmp_path / "train.csv")
+    with pytest.raises(FormwrightError, match="nothing is left to train on"):
+        load(tmp_path / "train.csv", f",test={tmp_path / 'test.csv'}")
+
+
 def test_naive_bayes_tells_these_apart_and_the_majority_does_not(csv):
     found = load(csv).baselines()
     assert found["naive Bayes"]["accuracy"] == 1

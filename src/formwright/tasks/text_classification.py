@@ -24,7 +24,8 @@ def task(
 
     Args:
         file: labelled texts.
-        test: a second file to test on; without one, a share of the first, after duplicates were dropped.
+        test: a second file to test on, whose texts are not trained on if the first holds them too; without one, a
+            share of the first, after duplicates were dropped.
         text: the column of the texts.
         label: the column of the labels, names or whole numbers.
         share: of the texts to test on, if there is no second file.
@@ -38,10 +39,14 @@ def task(
     if test is None:
         train, read = divide(texts, labels, share, seed, file)
     else:
-        train, read = (texts, labels), labelled(read_table(test), text, label, test)
-        both = set(texts) & set(read[0])
-        if len(both) == len(set(read[0])):
+        read = labelled(read_table(test), text, label, test)
+        held_out = set(read[0])
+        if held_out <= set(texts):
             raise FormwrightError(f"Every text of {test} stands in {file} too, so nothing is left to test on.")
+        kept = [pair for pair in zip(texts, labels, strict=True) if pair[0] not in held_out]
+        if not kept:
+            raise FormwrightError(f"Every text of {file} stands in {test} too, so nothing is left to train on.")
+        train = [text for text, _ in kept], [label for _, label in kept]
     return text_task(
         name="text-classification",
         train=train,
