@@ -110,6 +110,11 @@ def test_items_are_packed_exactly(count):
     assert np.array_equal(records.unpack(records.pack(losses)), losses.astype(float))
 
 
+def test_a_loss_too_large_for_its_sixteen_bits_stays_a_number():
+    packed = records.unpack(records.pack([1e6, 0.5, -1e6]))
+    assert packed.tolist() == [65504.0, 0.5, -65504.0]
+
+
 def test_the_environment_names_what_a_result_depends_on():
     facts = records.environment()
     assert {"torch", "transformers", "formwright", "python", "cpu", "instructions", "threads"} <= set(facts)

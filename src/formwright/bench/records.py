@@ -257,7 +257,7 @@ def pack(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     if array.dtype == bool or np.isin(array, (0, 1)).all():
         data, kind = np.packbits(array.astype(bool)), "bits"
     else:
-        data, kind = array.astype("<f2"), "float16"
+        data, kind = array.clip(-65504, 65504).astype("<f2"), "float16"  # its largest: an infinity would tell nothing
     return {"kind": kind, "count": len(array), "data": base64.b64encode(data.tobytes()).decode()}
 
 
