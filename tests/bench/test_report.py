@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,26 @@ def test_the_table_in_the_terminal_has_the_same_rows(tmp_path):
 @pytest.mark.parametrize(("value", "shown"), [(999, "999 "), (104_330, "104 k"), (4.1e7, "41 M"), (None, "–")])
 def test_sizes_have_three_digits_and_a_prefix(value, shown):
     assert summary.si(value) == shown
+
+
+def test_a_trial_that_was_done_at_another_rate_after_it_failed_is_done(tmp_path):
+    found = summarize(runs.make(tmp_path))
+    [failed] = [one for one in found.missing if one.status == "failed"]
+    broke = next(one for one in records.Records(tmp_path) if one.status == "failed")
+    with records.Records(tmp_path, write=True) as log:
+        log.append(replace(broke, key="another rate", status="done", metrics={"accuracy": 0.8}, error=None))
+    again = summarize(tmp_path)
+    assert [one for one in again.missing if one.status == "failed"] == []
+    assert next(row.seeds for row in again.rows if row.label == failed.label) == (0, 1)
+    assert again.finished == found.finished
+
+
+@pytest.mark.parametrize("gone", ["task", "metric", "baseline", "candidates"])
+def test_a_run_description_that_lacks_something_is_a_sentence(tmp_path, gone):
+    run = records.read_run(runs.make(tmp_path))
+    records.write_run(tmp_path, {name: value for name, value in run.items() if name != gone})
+    with pytest.raises(FormwrightError, match=f"run.json has no {gone}"):
+        summarize(tmp_path)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

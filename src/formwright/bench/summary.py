@@ -195,12 +195,18 @@ def summarize(folder: str | Path) -> Summary:
     run = read_run(folder)
     if run is None:
         raise FormwrightError(f"{folder} holds no comparison (no run.json): name the folder given to compare as --out.")
+    lacking = [name for name in ("task", "metric", "baseline", "candidates") if name not in run]
+    if lacking:
+        raise FormwrightError(f"{folder} holds no comparison: its run.json has no {lacking[0]}.")
     records = [record for record in Records(folder) if record.purpose == "compare"]
     plan = [dict(one) for one in run.get("candidates", [])]
     metric = Metric(**run["metric"])
-    groups: dict[str, list[Record]] = {canonical(one["candidate"]): [] for one in plan}
-    for record in records:
-        groups.setdefault(canonical(record.candidate), []).append(record)
+    last: dict[str, dict[int, Record]] = {canonical(one["candidate"]): {} for one in plan}
+    for record in records:  # what failed once and was done later, perhaps at another learning rate, is done
+        seeds = last.setdefault(canonical(record.candidate), {})
+        if record.seed not in seeds or seeds[record.seed].status != "done":
+            seeds[record.seed] = record
+    groups = {name: list(seeds.values()) for name, seeds in last.items()}
     done = {
         name: sorted((one for one in group if _value(one, metric) is not None), key=lambda one: one.seed)
         for name, group in groups.items()
@@ -210,7 +216,7 @@ def summarize(folder: str | Path) -> Summary:
     rows = _rows(done, facts, base, metric)
     missing = _missing(groups, metric)
     supported = sum(one.get("status") != "unsupported" for one in plan)
-    finished = sum(one.status != "unsupported" for one in records)
+    finished = sum(one.status != "unsupported" for group in groups.values() for one in group)
     return Summary(
         task=str(run["task"]),
         metric=metric,
