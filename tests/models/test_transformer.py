@@ -211,6 +211,46 @@ def test_checkpointed_gradients_are_the_plain_ones():
         torch.testing.assert_close(plain, again)
 
 
+HARDENED = {"feedforward": "fast-feedforward(depth=1)"}
+
+
+def test_extra_losses_count_once_under_checkpointing():
+    def trained(checkpoint):
+        model = decoder(**HARDENED).train()
+        if checkpoint:
+            model.gradient_checkpointing_enable()
+        out = model(ids(), labels=ids())
+        before = out.extra_losses["hardening"].item()
+        out.loss.backward()
+        assert out.extra_losses["hardening"].item() == before
+        return [weight.grad for weight in model.parameters()]
+
+    for plain, again in zip(trained(False), trained(True), strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_checkpointing_that_would_lose_a_gradient_or_write_a_cache_twice_is_refused():
+    model = decoder(**HARDENED).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(FormwrightError, match="use_reentrant"):
+        model(ids(), labels=ids())
+    model = decoder().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(FormwrightError, match="use_cache=False"):
+        model(ids(), labels=ids(), use_cache=True)
+    assert model.generate(ids(), max_new_tokens=2).shape == (2, 11)  # no gradient, no second run
+
+
+def test_the_encoder_of_an_encoder_decoder_hands_its_extra_losses_on():
+    torch.manual_seed(0)
+    model = TransformerForConditionalGeneration(config(**PAIRED, **HARDENED)).train()
+    both, memory = model(ids(), labels=ids(tokens=4)), model.model.encode(ids())
+    decoders = model(encoder_outputs=memory, labels=ids(tokens=4)).extra_losses["hardening"]
+    encoders = {}
+    model.model.encode(ids(), losses=encoders)
+    torch.testing.assert_close(both.extra_losses["hardening"], encoders["hardening"] + decoders)
+
+
 def test_a_cache_of_another_model_or_batch_is_refused():
     model, whole = decoder(), ids()
     with pytest.raises(UnsupportedContext, match="not made for this model"):

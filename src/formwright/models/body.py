@@ -125,6 +125,14 @@ class Stack(nn.Module):
     def mixers(self) -> list[nn.Module]:
         return [layer.block.mixer for layer in self.layers]
 
+    def checkpointed(self, *, reentrant: bool = False) -> bool:
+        """Whether layers run again in the backward pass, with `reentrant` in torch's older way."""
+        return self.training and any(
+            layer.gradient_checkpointing
+            and (not reentrant or layer._gradient_checkpointing_func.keywords.get("use_reentrant", False))
+            for layer in self.layers
+        )
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
@@ -339,13 +347,14 @@ class TransformerModel(TransformerPreTrainedModel):
             x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
             context = self._context(x, attention_mask, position_ids, attentions=attentions)
             x = self.encoder(x, context, hidden_states=hidden_states)
+            self._check_losses(context)
             return _output(x, context, hidden_states)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        memory = None
+        memory, losses = None, {}
         if self.encoder is not None:
             if encoder_outputs is None:
                 encoder_outputs = self.encode(
-                    input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values
+                    input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values, losses
                 )
             memory = encoder_outputs[0]
             memory_mask = attention_mask
@@ -359,11 +368,18 @@ class TransformerModel(TransformerPreTrainedModel):
             )
         if use_cache and past_key_values is None and self._can_cache():
             past_key_values = self.new_cache()
+        if past_key_values is not None and torch.is_grad_enabled() and self.decoder.checkpointed():
+            raise FormwrightError(
+                "Gradient checkpointing runs a layer twice, and a cache would be written twice: pass use_cache=False "
+                "in training, or call gradient_checkpointing_disable()."
+            )
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
         if past_key_values is not None:
             refuse_other_caches(_both(past_key_values)[0], self.decoder.mixers, batch=len(x))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        context = self._context(x, attention_mask, position_ids, past=past, causal=True, attentions=attentions)
+        context = self._context(
+            x, attention_mask, position_ids, past=past, causal=True, attentions=attentions, losses=losses
+        )
         cross = None
         if memory is not None:
             cross = Context(
@@ -376,6 +392,7 @@ class TransformerModel(TransformerPreTrainedModel):
                 device=x.device,
             )
         x = self.decoder(x, context, cross, past_key_values, hidden_states)
+        self._check_losses(context)
         output = _output(x, context, hidden_states)
         output.past_key_values = past_key_values
         output.encoder_last_hidden_state = memory
@@ -389,10 +406,20 @@ class TransformerModel(TransformerPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Float[Tensor, "b n d"] | None = None,
         pixel_values: Float[Tensor, "b c h w"] | None = None,
+        losses: dict[str, Tensor] | None = None,
     ) -> BaseModelOutput:
-        """The encoder's side alone: last_hidden_state (b, n, d)."""
+        """The encoder's side alone: last_hidden_state (b, n, d). Its extra losses go into `losses`."""
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
-        return BaseModelOutput(last_hidden_state=self.encoder(x, self._context(x, attention_mask, position_ids)))
+        context = self._context(x, attention_mask, position_ids, losses=losses)
+        return BaseModelOutput(last_hidden_state=self.encoder(x, context))
+
+    def _check_losses(self, context: Context) -> None:
+        stacks = [stack for stack in (self.encoder, self.decoder) if stack is not None]
+        if context.losses and torch.is_grad_enabled() and any(stack.checkpointed(reentrant=True) for stack in stacks):
+            raise FormwrightError(
+                f"Reentrant checkpointing loses the gradient of the extra losses {', '.join(context.losses)}: "
+                "leave use_reentrant out of the gradient checkpointing arguments, or set it to False."
+            )
 
     def _can_cache(self) -> bool:
         return all(mixer.cache_kind is not None for mixer in self.decoder.mixers)
@@ -406,6 +433,7 @@ class TransformerModel(TransformerPreTrainedModel):
         past: int = 0,
         causal: bool = False,
         attentions: list[Tensor] | None = None,
+        losses: dict[str, Tensor] | None = None,
     ) -> Context:
         keys = past + x.shape[1]
         padding = _padding(attention_mask, len(x), keys)
@@ -417,6 +445,7 @@ class TransformerModel(TransformerPreTrainedModel):
             padding=padding,
             positions=_positions(position_ids, padding, past, keys, x.device),
             grid=patches.grid if self.config.use_grid and patches is not None else None,
+            losses={} if losses is None else losses,
             attentions=attentions,
             device=x.device,
         )
@@ -427,7 +456,7 @@ def _output(x: Tensor, context: Context, hidden_states: list[Tensor] | None) -> 
         last_hidden_state=x,
         hidden_states=None if hidden_states is None else tuple(hidden_states),
         attentions=None if context.attentions is None else tuple(context.attentions),
-        extra_losses=context.losses or None,
+        extra_losses=dict(context.losses) or None,  # a checkpointed layer that runs again adds to the context's
     )
 
 
