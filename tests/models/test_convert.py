@@ -12,6 +12,8 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaModel,
+    RoFormerConfig,
+    RoFormerForMaskedLM,
 )
 
 from formwright.errors import FormwrightError
@@ -94,3 +96,18 @@ def test_the_loss_is_the_same():
 def test_what_has_no_counterpart_is_refused(model, says):
     with pytest.raises(FormwrightError, match=says):
         from_transformers(model())
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("family", "kind"), [(BertConfig, BertForMaskedLM), (RoFormerConfig, RoFormerForMaskedLM)])
+def test_a_language_head_with_a_matrix_of_its_own_keeps_it(family, kind):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    theirs = kind(family(**sizes, intermediate_size=24, tie_word_embeddings=False)).eval()
+    torch.testing.assert_close(from_transformers(theirs)(ids() % 40).logits, theirs(ids() % 40).logits)
+
+
+@pytest.mark.reference
+def test_weights_in_float64_keep_their_digits():
+    theirs = perturbed(BertModel(BERT).double())
+    torch.testing.assert_close(from_transformers(theirs)(ids())[0], theirs(ids())[0], atol=1e-12, rtol=1e-12)

@@ -42,14 +42,14 @@ def _filled(
     kind: type[TransformerPreTrainedModel], config: TransformerConfig, weights: Weights, like: PreTrainedModel
 ) -> TransformerPreTrainedModel:
     """A model of ours holding the weights; every one must find its place and every place its weight."""
-    ours = kind(config)
+    ours = kind(config).to(like.dtype)
     bare = kind is TransformerModel
     weights = {name.removeprefix("model.") if bare else name: value.clone() for name, value in weights.items()}
     if not bare and "lm_head.weight" in ours.state_dict() and config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embeddings.tokens.weight"]
     ours.load_state_dict(weights)
     ours.tie_weights()
-    return ours.to(dtype=like.dtype, device=like.device).train(like.training)
+    return ours.to(like.device).train(like.training)
 
 
 def _stacked(linears: list[nn.Linear]) -> tuple[Tensor, Tensor]:
@@ -107,6 +107,7 @@ def _from_bert(model: PreTrainedModel) -> TransformerPreTrainedModel:
         pooler=kind is TransformerForSequenceClassification,
         head_transform=kind is TransformerForMaskedLM,
         lm_head_bias=kind is TransformerForMaskedLM,
+        tie_word_embeddings=theirs.tie_word_embeddings,
         pad_token_id=theirs.pad_token_id,
         id2label=theirs.id2label,
         label2id=theirs.label2id,
@@ -142,7 +143,7 @@ def _bert_layers(weights: Weights, body: PreTrainedModel) -> None:
 def _bert_language_head(weights: Weights, predictions: nn.Module) -> None:
     _same(weights, "transform.0", predictions.transform.dense)
     _same(weights, "transform.2", predictions.transform.LayerNorm)
-    weights["lm_head.bias"] = predictions.decoder.bias
+    _same(weights, "lm_head", predictions.decoder)
 
 
 @torch.no_grad()
@@ -172,6 +173,7 @@ def _from_roformer(model: PreTrainedModel) -> TransformerPreTrainedModel:
         attention_dropout=theirs.attention_probs_dropout_prob,
         pad_token_id=theirs.pad_token_id,
     )
+    config.tie_word_embeddings = theirs.tie_word_embeddings
     weights: Weights = {}
     _same(weights, "model.embeddings.tokens", body.embeddings.word_embeddings)
     _same(weights, "model.embeddings.types", body.embeddings.token_type_embeddings)
