@@ -120,3 +120,10 @@ def test_no_step_where_it_would_be_wrong():
         assert not ops.can_step(x, x.bfloat16())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not ops.can_step(x, x)
+
+
+def test_shapes_can_be_found_without_numbers():
+    both, weight, bias = (tensor.to("meta") for tensor in inputs(2, 7, 5, 4))
+    assert causal_conv_silu(both[..., :5], weight, bias).shape == (2, 7, 5)
+    with torch.no_grad():
+        assert not ops.can_step(both[:, :1], weight)

@@ -36,8 +36,7 @@ def causal_conv_silu(
     x: Float[Tensor, "b l c"], weight: Float[Tensor, "c 1 k"], bias: Float[Tensor, " c"]
 ) -> Float[Tensor, "b l c"]:
     """A causal convolution of every channel by itself, then SiLU: the C++ kernel on CPUs in float32, else PyTorch."""
-    cast = torch.is_autocast_enabled(x.device.type)
-    if FORWARD is not None and not cast and _plain(x, weight, bias):
+    if FORWARD is not None and _plain(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
         return _forward(x, weight, bias)
     return causal_conv_silu_reference(x, weight, bias)
 
@@ -103,9 +102,9 @@ def can_step(x: Tensor, *weights: Tensor) -> bool:
         and x.shape[1] == 1
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x.device.type)
         and _get_current_dispatch_mode() is None  # one that counts or traces operations would miss this one
         and _plain(x, *weights)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
