@@ -81,6 +81,25 @@ def test_float32_decoding_equals_the_whole():
     torch.testing.assert_close(torch.cat(parts, 1)[padding], whole[padding], atol=2e-6, rtol=1e-5)
 
 
+def test_a_layer_put_in_the_place_of_a_projection_is_used_in_decoding_too():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    mixer, x, cache = Mamba(dim=8).eval(), torch.randn(2, 6, 8), State()
+    mixer.x_proj.__class__ = Doubled
+    with torch.no_grad():
+        whole = mixer(x, Context.of(x, causal=True))
+        pieces = [
+            mixer(x[:, start:end], Context(queries=end - start, keys=end, causal=True, cache=cache))
+            for start, end in ((0, 3), (3, 4), (4, 5), (5, 6))
+        ]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+        with pytest.raises(RuntimeError):  # two sequences are kept
+            Mamba(dim=8)(x[:1, :1], Context(queries=1, keys=7, causal=True, cache=cache))
+
+
 def test_the_cache_has_one_size():
     mixer, sizes = seeded(), set()
     for length in (1, 7, 300):

@@ -105,7 +105,7 @@ class Mamba(nn.Module):
         # A padded token must reach neither the convolution's neighbours nor, through its bias, the state: zero twice.
         xz = self.in_proj(x if real is None else x * real[..., None])  # (b, n, 2 c)
         window, h = (None, None) if cache is None or cache.state is None else cache.state
-        if window is not None and self.discretization == "euler" and can_step(xz, self.A_log, window):
+        if window is not None and self.can_step(xz, window, h):
             y, window, h = self.step(xz, window, h, real)
         else:
             x, z = xz.chunk(2, -1)
@@ -117,6 +117,16 @@ class Mamba(nn.Module):
         if cache is not None:
             cache.write(window, h, tokens=xz.shape[1])
         return self.out_proj(self.inner(y))
+
+    def can_step(self, xz: Float[Tensor, "b n two_c"], *state: Tensor) -> bool:
+        """Whether one native call serves: it reads the weights, so no adapter or hook may stand on x_proj."""
+        return (
+            self.discretization == "euler"
+            and can_step(xz, self.A_log, *state)
+            and all(len(part) == len(xz) for part in state)
+            and type(self.x_proj) is nn.Linear
+            and not (self.x_proj._forward_hooks or self.x_proj._forward_pre_hooks)
+        )
 
     def window(self, seen: Float[Tensor, "b l c"]) -> Float[Tensor, "b kept c"]:
         """The inputs that the convolution of the next token reads, zeros before the first."""
