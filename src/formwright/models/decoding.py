@@ -91,4 +91,4 @@ def _serves(cache: KeyValues, shape: tuple[int, int, int]) -> bool:
 def _plain(tensor: Tensor) -> bool:
     """Numbers at an address of their own; a subclass (a quantised weight) may hold something else."""
     known = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return known and tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return known and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
