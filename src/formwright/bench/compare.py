@@ -7,6 +7,7 @@ again.
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
@@ -146,7 +147,7 @@ class _Choice:
             raise FormwrightError(f"seeds is {seeds}, but at least one is needed, and none twice.")
         if steps is not None and steps < 1:
             raise FormwrightError(f"steps is {steps}, but at least one is needed.")
-        if learning_rates is not None and (not learning_rates or min(learning_rates) <= 0):
+        if learning_rates is not None and not all(0 < rate < math.inf for rate in learning_rates or [0.0]):
             raise FormwrightError(f"learning_rates is {list(learning_rates)}, but it needs rates above 0.")
         self.task, self.match, self.steps = format_spec(task), match, steps
         self.rates = None if learning_rates is None else sorted(set(learning_rates))
@@ -163,7 +164,7 @@ class _Choice:
         if both:
             raise FormwrightError(f"{both[0]} is varied and set at once: leave it out of one of them.")
         if "steps" in self.common:
-            self.steps = int(self.common.pop("steps"))
+            self.steps = self.common.pop("steps")
         combinations = [dict(zip(self.grid, one, strict=True)) for one in itertools.product(*self.grid.values())]
         self.baseline = _baseline(baseline, self.grid, combinations)
         self.candidates = [self.baseline, *(one for one in combinations if one != self.baseline)]
@@ -223,7 +224,33 @@ def _value(name: str, value: Any) -> Any:
     if name not in known:
         _check_field(name, known)
     if isinstance(value, str):
-        return parse_spec(f"x(x={value})")["x"]
+        value = parse_spec(f"x(x={value})")["x"]
+    if name in known:
+        return _setting(name, value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _setting(name: str, value: Any) -> Any:
+    """The value of a training setting, which has the type of its default and a legal size.
+
+    Raises:
+        FormwrightError: it has not.
+    """
+    default = getattr(Settings, name)
+    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    kinds: dict[type, tuple[str, Any]] = {
+        int: ("a whole number", (int,)),
+        float: ("a number", (int, float)),
+        str: ("a name", (str,)),
+        tuple: ("a pair of numbers, (0.9, 0.95)", (list, tuple)),
+    }
+    said, types = kinds[type(default)]
+    if isinstance(value, bool) or not isinstance(value, types) or (isinstance(default, tuple) and len(value) != 2):
+        raise FormwrightError(f"{name} is {value!r}, but it must be {said}.")
+    if name != "accumulate":  # which is checked with the batch_size it divides, when both are known
+        alone: dict[str, Any] = {name: value}
+        Settings(**alone)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -279,6 +306,8 @@ def _baseline(
             wanted[name.strip()] = value
     else:
         wanted = dict(asked)
+    if not wanted:
+        raise FormwrightError(f"The baseline {asked!r} names none of what is varied: {_choices(grid)}.")
     for name, value in wanted.items():
         if name not in grid:
             raise FormwrightError(f"The baseline {asked!r} names none of what is varied: {_choices(grid)}.")
@@ -365,7 +394,11 @@ class _Run:
     def measure(self) -> None:
         """Sizes, first the baseline's, then all others' against it, then latencies in turns."""
         chosen = self.chosen
-        new = [one for one in chosen.candidates if canonical(_plain(one)) not in self.known]
+        new = [
+            one
+            for one in chosen.candidates
+            if self.known.get(canonical(_plain(one)), {"status": "failed"})["status"] == "failed"
+        ]
         if not new:
             return
         if chosen.baseline in new:
