@@ -2,7 +2,8 @@
 
 import itertools
 import json
-import os
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ pytest.importorskip("plotly")
 
 TASK = "digits(examples=128)"
 GRID = {"mixer": ["softmax", "aft-simple"], "position": ["learned", "rope"]}
+pytestmark = pytest.mark.usefixtures("warm_workers")
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 
@@ -105,53 +107,54 @@ def test_the_same_seed_gives_the_same_result(run, tmp_path):
     assert ours == {one.candidate["mixer"]: one.metrics for one in theirs}
 
 
+# Killed as it writes its second record, while the worker is at the next one; it tells its number first.
 PROGRAM = f"""
+import os, signal, sys
+from pathlib import Path
 from formwright.bench.compare import compare
-import sys
-grid = {{"mixer": ["softmax", "aft-simple"]}}
-compare({TASK!r}, grid, steps=30, seeds=3, out=sys.argv[1], workers=2, settings={SMALL!r})
+from formwright.bench.records import Records
+
+append, grid = Records.append, {{"mixer": ["softmax", "aft-simple"]}}
+
+def last(self, record):
+    append(self, record)
+    if len(self) == 2:
+        threads = Path("/proc/self/task").glob("*/children")
+        print(*(thread.read_text() for thread in threads), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Records.append = last
+compare({TASK!r}, grid, steps=3, seeds=3, out=sys.argv[1], workers=1, settings={SMALL!r})
 """
-
-
-def count(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_with_nothing_lost_or_run_twice(tmp_path):
     path = tmp_path / records.RECORDS
-    first = subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path], stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 200
-    while count(path) < 2 and first.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    workers = children(first.pid)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert 2 <= count(path) < 6, "the run was over, or had not begun, before it could be killed"
+    first = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, check=False)
+    assert first.returncode == -signal.SIGKILL, first.stderr
     kept = path.read_bytes()
-    for worker in workers:  # they end with the parent, though nobody told them
-        while os.path.exists(f"/proc/{worker}") and time.monotonic() < until:
-            time.sleep(0.05)
-        assert not os.path.exists(f"/proc/{worker}")
+    assert kept.count(b"\n") == 2
+    workers = first.stdout.split()
+    assert len(workers) == 1
+    until = time.monotonic() + 100
+    while any(running(worker) for worker in workers):  # they end with it, though nobody tells them
+        assert time.monotonic() < until
+        time.sleep(0.05)
     path.write_bytes(kept + b'{"key":"torn","task":"dig')
-    subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], check=True, capture_output=True)
+    compare(TASK, {"mixer": ["softmax", "aft-simple"]}, steps=3, seeds=3, out=tmp_path, settings=SMALL)
     assert path.read_bytes().startswith(kept)
     keys = [one["key"] for one in lines(tmp_path)]
     assert len(keys) == len(set(keys)) == 6
     assert all(one["status"] == "done" for one in lines(tmp_path))
 
 
-def children(parent):
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent:
-                found.append(int(entry))
-    return found
+def running(worker):
+    """Whether the process runs; one that ended may wait for a parent that never asks."""
+    try:
+        return Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_every_candidate_gets_its_own_learning_rate(tmp_path):
@@ -172,20 +175,50 @@ def test_every_candidate_gets_its_own_learning_rate(tmp_path):
             assert one.settings["steps"] == 8
 
 
-def test_a_worker_that_is_killed_costs_its_job_alone(tmp_path):
+ANSWERS = "import json, os, sys\nfor line in sys.stdin: print(json.dumps({'done': os.getpid()}), flush=True)"
+
+
+def test_a_worker_that_is_killed_costs_its_job_alone(tmp_path, monkeypatch):
     team = LocalPool(1, tmp_path / "log")
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **rest: start([sys.executable, "-c", ANSWERS], **rest))
     try:
-        job = {"kind": "describe", "task": TASK, "data": None}
-        (first,) = team.run([job])
-        assert "done" in first[1]
+        (first, again) = team.run([{"kind": "describe"}, {"kind": "describe"}])
+        assert first[1] == again[1] == {"done": team._processes[0].pid}
         team._processes[0].kill()
         team._processes[0].wait()
-        (second,) = team.run([job])
-        assert "done" in second[1]
-        doomed = team.run([{"kind": "describe", "task": "no-such-task", "data": None}])
-        assert "There is no task" in next(doomed)[1]["refused"]
+        (other,) = team.run([{"kind": "describe"}])
+        assert other[1]["done"] == team._processes[0].pid != first[1]["done"]
     finally:
         team.close()
+    assert team._processes[0].poll() is not None
+
+
+def test_a_size_that_could_not_be_measured_is_tried_again(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    before = records.read_run(tmp_path / "run")
+    kept = [one if one["candidate"]["mixer"] == "softmax" else lost(one) for one in before["candidates"]]
+    records.write_run(tmp_path / "run", {**before, "candidates": kept})
+    compare(TASK, GRID, steps=3, out=tmp_path / "run", workers=1, settings=SMALL)
+    again = records.read_run(tmp_path / "run")["candidates"]
+    assert {one["status"] for one in again} == {"ready", "unsupported"}
+    sizes = {records.canonical(one["candidate"]): one.get("params") for one in before["candidates"]}
+    assert {records.canonical(one["candidate"]): one.get("params") for one in again} == sizes
+
+
+def lost(known):
+    """A candidate whose worker was killed while it was measured."""
+    facts = {name: known[name] for name in ("candidate", "notes", "config")}
+    return {**facts, "latency_ms": None, "latency_ratio": None, "status": "failed", "error": "It was killed."}
+
+
+def test_a_file_in_the_users_folder_does_not_stand_in_for_a_module(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    worker = LocalPool(1, tmp_path / "log")._start()
+    worker.stdin.close()  # with nothing to do it ends at once
+    worker.stdout.close()
+    assert worker.wait(60) == 0
 
 
 def test_a_worker_that_dies_is_reported_by_its_signal(tmp_path, monkeypatch):
@@ -213,7 +246,16 @@ def test_a_worker_that_dies_is_reported_by_its_signal(tmp_path, monkeypatch):
         ({"mixer": ["softmax", "aft-simple"]}, {"baseline": "norm=rmsnorm"}, "names none of what is varied"),
         ({"mixer": ["softmax", "aft-simple"]}, {"backend": "slurm"}, "use local or ray"),
         ({"mixer": ["softmax", "aft-simple"]}, {"workers": 0}, "at least one must do the work"),
+        ({"mixer": ["softmax", "aft-simple"]}, {"baseline": ""}, "names none of what is varied"),
         ({"mixer": ["softmax", "aft-simple"]}, {"learning_rates": [0.0]}, "rates above 0"),
+        ({"mixer": ["softmax", "aft-simple"]}, {"learning_rates": [1e-3, math.nan]}, "rates above 0"),
+        ({"mixer": ["softmax", "aft-simple"]}, {"learning_rates": [math.inf]}, "rates above 0"),
+        ({"mixer": ["softmax", "aft-simple"]}, {"settings": {"steps": "ten"}}, "steps is 'ten', .* a whole number"),
+        ({"mixer": ["softmax", "aft-simple"]}, {"settings": {"steps": 0}}, "steps is 0"),
+        ({"learning_rate": ["fast", 0.1]}, {}, "learning_rate is 'fast', .* a number"),
+        ({"batch_size": [16, 2.5]}, {}, "batch_size is 2.5, .* a whole number"),
+        ({"schedule": ["cosine", "stairs"]}, {}, "cosine, constant or linear"),
+        ({"betas": [(0.9, 0.99), 0.9]}, {}, "betas is 0.9, .* a pair of numbers"),
         ({"mixer": ["softmax", "aft-simple"]}, {"settings": {"mixer": "aft"}}, "varied and set at once"),
         ({"seed": [0, 1]}, {}, "give seeds instead"),
     ],

@@ -113,7 +113,8 @@ class LocalPool:
             raise OSError("the pool is closed")
         with open(self.log, "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "formwright.bench.worker"],
+                # -P: a file of the user's own folder, say copy.py, is not to stand in for Python's or torch's module.
+                [sys.executable, "-P", "-m", "formwright.bench.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
