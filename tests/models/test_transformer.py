@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jaxtyping
 import pytest
 import torch
 from transformers import (
@@ -209,6 +210,32 @@ def test_checkpointed_gradients_are_the_plain_ones():
 
     for plain, again in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (TransformerForCausalLM, {"architecture": "decoder", "position": "learned"}),
+        (TransformerForSequenceClassification, {"pooling": "last"}),
+    ],
+)
+def test_a_model_exports_with_free_sizes(cls, fields, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a free size is no int
+    torch.manual_seed(0)
+    model, free = cls(config(**fields)).eval(), {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    decodes = cls is TransformerForCausalLM
+
+    def inputs(rows, tokens):
+        mask = (torch.arange(tokens) >= torch.arange(rows)[:, None]).long()
+        places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False} if decodes else {}
+        return {"input_ids": ids(rows, tokens), "attention_mask": mask, **places}
+
+    shapes = {name: free if torch.is_tensor(value) else None for name, value in inputs(2, 9).items()}
+    program = torch.export.export(model, (), inputs(2, 9), dynamic_shapes=shapes).module()
+    given = inputs(3, 13)
+    real = given["attention_mask"].bool() if decodes else ...
+    with torch.no_grad():
+        torch.testing.assert_close(program(**given).logits[real], model(**given).logits[real], atol=1e-5, rtol=1e-5)
 
 
 HARDENED = {"feedforward": "fast-feedforward(depth=1)"}

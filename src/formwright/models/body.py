@@ -375,7 +375,7 @@ class TransformerModel(TransformerPreTrainedModel):
             )
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
         if past_key_values is not None:
-            refuse_other_caches(_both(past_key_values)[0], self.decoder.mixers, batch=len(x))
+            refuse_other_caches(_both(past_key_values)[0], self.decoder.mixers, batch=x.shape[0])
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         context = self._context(
             x, attention_mask, position_ids, past=past, causal=True, attentions=attentions, losses=losses
@@ -385,7 +385,7 @@ class TransformerModel(TransformerPreTrainedModel):
             cross = Context(
                 queries=x.shape[1],
                 keys=memory.shape[1],
-                padding=_padding(memory_mask, len(memory), memory.shape[1]),
+                padding=_padding(memory_mask, *memory.shape[:2]),
                 memory=memory,
                 losses=context.losses,
                 attentions=attentions,
@@ -436,7 +436,7 @@ class TransformerModel(TransformerPreTrainedModel):
         losses: dict[str, Tensor] | None = None,
     ) -> Context:
         keys = past + x.shape[1]
-        padding = _padding(attention_mask, len(x), keys)
+        padding = _padding(attention_mask, x.shape[0], keys)
         patches = self.embeddings.patches
         return Context(
             queries=x.shape[1],
@@ -494,8 +494,10 @@ def _positions(
                 f"position_ids must have one entry for each of the {keys - past} tokens, "
                 f"got {tuple(position_ids.shape)}."
             )
-        rows = max(len(position_ids), len(every))
-        every = torch.cat([every[:, :past].expand(rows, -1), position_ids.expand(rows, -1)], dim=1)
+        if past:
+            rows = max(len(position_ids), len(every))
+            position_ids = torch.cat([every[:, :past].expand(rows, -1), position_ids.expand(rows, -1)], dim=1)
+        every = position_ids
     if every is plain or (not traced and bool((every == plain).all())):
         return None
     return every

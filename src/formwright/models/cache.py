@@ -85,7 +85,7 @@ class KeyValues(CacheLayerMixin):
     @property
     def batch(self) -> int | None:
         """How many sequences are kept; none before any."""
-        return len(self.keys) if self.is_initialized else None
+        return self.keys.shape[0] if self.is_initialized else None
 
     def get_seq_length(self) -> int:
         return self.length
@@ -146,7 +146,7 @@ class State(CacheLayerMixin):
     @property
     def batch(self) -> int | None:
         """How many sequences are kept; none before any."""
-        return None if self.state is None else len(self.state[0])
+        return None if self.state is None else self.state[0].shape[0]
 
     def get_seq_length(self) -> int:
         return self.length

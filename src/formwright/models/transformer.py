@@ -346,7 +346,7 @@ def pool(x: Float[Tensor, "b n d"], mask: Tensor | None, how: str) -> Float[Tens
         return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
     places = torch.arange(x.shape[1], device=x.device) * mask.bool()
     index = mask.long().argmax(1) if how == "first" else places.argmax(1)
-    return x[torch.arange(len(x), device=x.device), index]
+    return x[torch.arange(x.shape[0], device=x.device), index]
 
 
 class TransformerForSequenceClassification(_Classifies):
