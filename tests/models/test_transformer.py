@@ -200,6 +200,19 @@ def test_hidden_states_and_attention_weights_come_on_request():
     assert not out.attentions[0].triu(1).any()
 
 
+def test_an_encoder_decoder_keeps_its_two_kinds_of_weights_apart():
+    torch.manual_seed(0)
+    model = TransformerForConditionalGeneration(config(**PAIRED)).eval()
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    out = model(ids(), decoder_input_ids=ids(tokens=4), **asked)
+    assert [tuple(weights.shape) for weights in out.attentions] == [(2, 4, 4, 4)] * 2
+    assert [tuple(weights.shape) for weights in out.cross_attentions] == [(2, 4, 4, 9)] * 2
+    written = model.generate(ids(), max_new_tokens=3, return_dict_in_generate=True, **asked)
+    assert [tuple(layers[0].shape[-2:]) for layers in written.cross_attentions] == [(1, 9)] * 3
+    assert [tuple(layers[0].shape[-2:]) for layers in written.decoder_attentions] == [(1, 1), (1, 2), (1, 3)]
+    assert len(written.decoder_hidden_states) == 3
+
+
 def test_checkpointed_gradients_are_the_plain_ones():
     def gradients(checkpoint):
         model = decoder().train()

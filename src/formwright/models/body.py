@@ -35,6 +35,7 @@ class TransformerOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
     extra_losses: dict[str, Tensor] | None = None
 
@@ -388,7 +389,7 @@ class TransformerModel(TransformerPreTrainedModel):
                 padding=_padding(memory_mask, *memory.shape[:2]),
                 memory=memory,
                 losses=context.losses,
-                attentions=attentions,
+                attentions=None if attentions is None else [],
                 device=x.device,
             )
         x = self.decoder(x, context, cross, past_key_values, hidden_states)
@@ -396,6 +397,7 @@ class TransformerModel(TransformerPreTrainedModel):
         output = _output(x, context, hidden_states)
         output.past_key_values = past_key_values
         output.encoder_last_hidden_state = memory
+        output.cross_attentions = None if cross is None or cross.attentions is None else tuple(cross.attentions)
         return output
 
     def encode(

@@ -51,7 +51,7 @@ __all__ = [
 @dataclass
 class TransformerHeadOutput(ModelOutput):
     """What a model with a head gives. `loss` includes the parts' extra losses in training and is the task's alone in
-    evaluation.
+    evaluation. Of an encoder-decoder, `hidden_states` and `attentions` are the decoder's.
     """
 
     loss: Tensor | None = None
@@ -59,8 +59,19 @@ class TransformerHeadOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     encoder_last_hidden_state: Tensor | None = None
     extra_losses: dict[str, Tensor] | None = None
+
+    @property
+    def decoder_hidden_states(self) -> tuple[Tensor, ...] | None:
+        """What transformers' generate calls those of an encoder-decoder."""
+        return self.hidden_states
+
+    @property
+    def decoder_attentions(self) -> tuple[Tensor, ...] | None:
+        """What transformers' generate calls those of an encoder-decoder."""
+        return self.attentions
 
 
 class _Head(TransformerPreTrainedModel):
@@ -89,6 +100,7 @@ class _Head(TransformerPreTrainedModel):
             past_key_values=body.past_key_values,
             hidden_states=body.hidden_states,
             attentions=body.attentions,
+            cross_attentions=body.cross_attentions,
             encoder_last_hidden_state=body.encoder_last_hidden_state,
             extra_losses=body.extra_losses,
         )
