@@ -80,7 +80,8 @@ def _facts(card: catalog.Card) -> str:
 def _part(part: catalog.Provided) -> str:
     lines = [f"## {part.key}", f"`{part.target}`"]
     if part.slot in COMPARED:
-        lines.append(f"```\nformwright compare --task digits --vary {part.slot}={part.name} --out runs/try\n```")
+        slot = COMPARED[part.slot]
+        lines.append(f"```\nformwright compare --task digits --vary {slot}={part.name} --out runs/try\n```")
     if part.capabilities:
         lines.append(f"Serves {', '.join(part.capabilities)}. Asked for anything else, it raises.")
     if part.time is not None and part.memory is not None:
@@ -91,7 +92,9 @@ def _part(part: catalog.Provided) -> str:
     return "\n\n".join(lines)
 
 
-COMPARED = ("mixer", "attention", "position", "feedforward", "norm", "block")
+COMPARED = {"attention": "mixer"} | {
+    slot: slot for slot in ("mixer", "position", "feedforward", "norm", "block", "init")
+}
 
 
 def _source(card: catalog.Card) -> list[str]:

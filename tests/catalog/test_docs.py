@@ -72,6 +72,16 @@ def test_a_page_shows_evidence_with_its_verdict(generate, monkeypatch):
     assert "has not been re-checked" in generate.system(catalog.card("fire"))
 
 
+def test_the_compare_command_of_a_page_is_one_that_compare_takes(generate):
+    from formwright.bench.compare import _values
+
+    shown = re.findall(r"--vary (\S+)=(\S+)", "".join(map(generate.system, catalog.cards())))
+    assert {"mixer", "position", "init"} <= {slot for slot, _ in shown}
+    assert {"softmax", "mamba"} <= {name for _, name in shown}
+    for slot, name in shown:
+        assert _values(slot, [name]) == [name]
+
+
 def test_the_compatibility_page_takes_what_the_suite_wrote(generate, monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "DOCS", tmp_path)
     assert "not been written yet" in generate.compatibility()
