@@ -28,11 +28,12 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.words, self.tags, self.loads, self._open = [], [], [], []
+        self.words, self.tags, self.facts, self.loads, self._open = [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.facts.append((tag, dict(attrs)))
         self._open.append(tag)
         self.loads += [value for name, value in attrs if name in ("src", "href", "onclick", "onload", "onerror")]
 
@@ -75,6 +76,14 @@ def test_names_are_shown_and_never_run(tmp_path):
     assert found.tags.count("script") == Page(plain).tags.count("script")
     assert 'alert("x")</script>' not in text
     assert any("digits" + HOSTILE in words for words in found.words)
+
+
+def test_tables_and_drawings_say_what_they_are_to_who_cannot_see_them(tmp_path):
+    _, found = page(runs.make(tmp_path))
+    assert all("scope" in facts for tag, facts in found.facts if tag == "th")
+    drawn = [facts for tag, facts in found.facts if tag in ("figure", "svg")]
+    assert len(drawn) > 10
+    assert all(facts.get("aria-label") or facts.get("aria-hidden") == "true" for facts in drawn)
 
 
 def test_rows_go_from_best_to_worst_and_the_baseline_is_marked(tmp_path):

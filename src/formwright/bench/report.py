@@ -203,7 +203,9 @@ def _results(summary: Summary, style: _Styles) -> str:
         ("memory", ""),
         *([("rate", "")] if with_rates else []),
     ]
-    head = "".join(f'<th class="{kind}">{name if name is axis else _text(name)}</th>' for name, kind in heads)
+    head = "".join(
+        f'<th scope="col" class="{kind}">{name if name is axis else _text(name)}</th>' for name, kind in heads
+    )
     lines = []
     footnotes = list(dict.fromkeys(note for row in summary.rows for note in row.notes))
     for row in summary.rows:
@@ -319,7 +321,8 @@ def _figure(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str)
         default_height=f"{layout['height']}px",
         config={"displayModeBar": False, "responsive": True, "plotlyServerURL": ""},
     )
-    return f"<figure>{drawn}</figure>"
+    shown = f"{layout['yaxis']['title']['text']} against {layout['xaxis']['title']['text']}"
+    return f'<figure aria-label="{_text(shown)}">{drawn}</figure>'
 
 
 def _costs(summary: Summary, style: _Styles) -> str:
@@ -437,7 +440,7 @@ def _gaps(summary: Summary) -> str:
         f'<td class="text reason">{_text(one.reason)}</td></tr>'
         for one in summary.missing
     )
-    head = "".join(f'<th class="text">{name}</th>' for name in ("candidate", "status", "seeds", "why"))
+    head = "".join(f'<th scope="col" class="text">{name}</th>' for name in ("candidate", "status", "seeds", "why"))
     return (
         '<section><h2>Without a result</h2><div class="scroll"><table id="missing"><thead><tr>'
         f"{head}</tr></thead><tbody>{lines}</tbody></table></div></section>"
