@@ -264,7 +264,12 @@ def running(pid):
 
 
 def test_the_command_writes_at_full_scale_what_it_prints(made_up, tmp_path, monkeypatch):
+    def at_once(of, scale, *, runs, workers):
+        assert (of, runs, workers) == (made_up, tmp_path / "runs" / "claims", 1)
+        return ((outcome, "ran") for outcome in outcomes((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), scale=scale))
+
     monkeypatch.setattr(claims, "load", lambda _: made_up)
+    monkeypatch.setattr(claims, "reproduce", at_once)
     called = ["reproduce", "made-up", "--out", str(tmp_path), "--json", "--workers", "1"]
     smoke = CliRunner().invoke(app, called)
     assert (smoke.exit_code, json.loads(smoke.stdout)["claims"][0]["scale"]) == (0, "smoke")
