@@ -81,16 +81,19 @@ def test_float32_decoding_equals_the_whole():
     torch.testing.assert_close(torch.cat(parts, 1)[padding], whole[padding], atol=2e-6, rtol=1e-5)
 
 
-def test_a_layer_put_in_the_place_of_a_projection_is_used_in_decoding_too():
+@pytest.mark.parametrize("name", ["x_proj", "dt_proj"])
+def test_a_layer_put_in_the_place_of_a_projection_is_used_in_decoding_too(name):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
     torch.manual_seed(0)
     mixer, x, cache = Mamba(dim=8).eval(), torch.randn(2, 6, 8), State()
-    mixer.x_proj.__class__ = Doubled
     with torch.no_grad():
+        plain = mixer(x, Context.of(x, causal=True))
+        getattr(mixer, name).__class__ = Doubled
         whole = mixer(x, Context.of(x, causal=True))
+        assert not torch.allclose(whole, plain, atol=1e-5)
         pieces = [
             mixer(x[:, start:end], Context(queries=end - start, keys=end, causal=True, cache=cache))
             for start, end in ((0, 3), (3, 4), (4, 5), (5, 6))

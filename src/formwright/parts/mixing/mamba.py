@@ -119,12 +119,12 @@ class Mamba(nn.Module):
         return self.out_proj(self.inner(y))
 
     def can_step(self, xz: Float[Tensor, "b n two_c"], *state: Tensor) -> bool:
-        """Whether one native call serves: it reads the weights, so no adapter or hook may stand on x_proj."""
+        """Whether one native call serves: it reads the weights, so no adapter or hook may stand on the projections."""
         return (
             self.discretization == "euler"
             and can_step(xz, self.A_log, *state)
             and all(len(part) == len(xz) for part in state)
-            and type(self.x_proj) is nn.Linear
+            and type(self.x_proj) is type(self.dt_proj) is nn.Linear
             and not (self.x_proj._forward_hooks or self.x_proj._forward_pre_hooks)
         )
 
@@ -140,7 +140,10 @@ class Mamba(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         n = self.A_log.shape[1]
         dt, B, C = self.x_proj(x).split([self.rank, n, n], -1)
-        delta = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        if type(self.dt_proj) is nn.Linear:  # its bias in float32 or wider
+            delta = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        else:  # an adapter
+            delta = F.softplus(self.dt_proj(dt).to(wide))
         A = -self.A_log.to(wide).exp()
         maps = (values.to(wide) for values in (B, C, self.D))
         return selective_scan(x.to(wide), delta, A, *maps, state=state, discretization=self.discretization)

@@ -93,17 +93,24 @@ class MultiHeadAttention(nn.Module):
         if context.memory is None:
             split = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             return split.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        weight, bias, wide = self.query_key_value.weight, self.query_key_value.bias, self.inner_width
-        q = F.linear(x, weight[:wide], None if bias is None else bias[:wide])
+        wide = self.inner_width
+        q = self._rows(x, slice(wide))
         q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         stored = None if context.cache is None else context.cache.stored()
         if stored is not None:  # the memory does not change between decoding steps
             return q, *stored
-        kv = F.linear(context.memory, weight[wide:], None if bias is None else bias[wide:])
+        kv = self._rows(context.memory, slice(wide, None))
         k, v = kv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).chunk(2, dim=1)
         if context.cache is not None:
             context.cache.update(k, v)
         return q, k, v
+
+    def _rows(self, x: Tensor, rows: slice) -> Tensor:
+        """Some rows of the projection alone; all of it where an adapter stands in its place."""
+        projection = self.query_key_value
+        if type(projection) is not nn.Linear:
+            return projection(x)[..., rows]
+        return F.linear(x, projection.weight[rows], None if projection.bias is None else projection.bias[rows])
 
     def _weights(self, q: Tensor, k: Tensor, context: Context, arguments: dict[str, Structured]) -> Tensor:
         if not hasattr(self.attention, "weights"):
