@@ -166,7 +166,9 @@ def test_quick_and_without_torch(words):
         "try: formwright.cli.main()\n"
         f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
     )
-    assert any(seconds(code) < 0.5 for _ in range(3))  # the first is slow where nothing is compiled yet
+    if seconds(code) >= 0.5:  # nothing was compiled yet, or the machine is slow: then Typer alone takes long, too
+        typer_alone = min(seconds("import sys, typer; print([], file=sys.stderr)") for _ in range(2))
+        assert min(seconds(code), seconds(code)) < max(0.5, 6 * typer_alone)
 
 
 def seconds(code):
