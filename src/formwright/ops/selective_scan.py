@@ -93,11 +93,17 @@ def selective_scan(
     Raises:
         ValueError: a discretization that is neither of the two.
     """
+    _check(discretization)
     if x.shape[1] == 1:
         return selective_scan_reference(x, delta, A, B, C, D, state=state, discretization=discretization)
     if FORWARD is not None and discretization == "euler" and _plain_cpu(x, delta, A, B, C):
         return selective_scan_native(x, delta, A, B, C, D, state=state)
     return selective_scan_chunked(x, delta, A, B, C, D, state=state, discretization=discretization)
+
+
+def _check(discretization: str) -> None:
+    if discretization not in get_args(Discretization):
+        raise ValueError(f'discretization is {discretization!r}, but must be "euler" or "zoh".')
 
 
 def _plain_cpu(*tensors: Tensor) -> bool:
@@ -120,8 +126,7 @@ def selective_scan_chunked(
     Raises:
         ValueError: a discretization that is neither of the two.
     """
-    if discretization not in get_args(Discretization):
-        raise ValueError(f'discretization is {discretization!r}, but must be "euler" or "zoh".')
+    _check(discretization)
     state = x.new_zeros(x.shape[0], *A.shape) if state is None else state
     device = x.device.type
     full_precision = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
