@@ -352,6 +352,7 @@ def test_an_image_is_read_row_by_row():
         ({"hidden_size": 0}, "hidden_size"),
         ({"vocab_size": 0}, "ids or images"),
         ({"mixer": []}, "empty list"),
+        ({"architecture": "encoder-decoder", "num_decoder_layers": 0}, "num_decoder_layers"),
     ],
 )
 def test_impossible_configs_say_what_is_wrong(fields, says):
@@ -366,6 +367,8 @@ def test_impossible_configs_say_what_is_wrong(fields, says):
         (lambda m: m(ids(), position_ids=torch.arange(4)[None]), "position_ids"),
         (lambda m: m(), "input_ids"),
         (lambda m: m(ids(), token_type_ids=torch.ones(2, 9, dtype=torch.long)), "type_vocab_size"),
+        (lambda _: TransformerModel(config())(ids(), decoder_input_ids=ids()), "encoder-decoder"),
+        (lambda _: AutoModelForTokenClassification.from_config(config(**PAIRED)), "encoder or a decoder"),
         (lambda m: m.set_attn_implementation("eager"), "mixer"),
     ],
 )

@@ -345,6 +345,8 @@ class TransformerModel(TransformerPreTrainedModel):
         if self.decoder is None:
             if past_key_values is not None:
                 raise UnsupportedContext("An encoder keeps no cache; leave past_key_values out or build a decoder.")
+            if decoder_input_ids is not None or encoder_outputs is not None:
+                raise UnsupportedContext("An encoder takes input_ids alone; build an encoder-decoder instead.")
             x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
             context = self._context(x, attention_mask, position_ids, attentions=attentions)
             x = self.encoder(x, context, hidden_states=hidden_states)

@@ -285,6 +285,8 @@ class TransformerForTokenClassification(_Head):
     """A label for every token: logits (b, n, labels); label t belongs to token t, -100 where nothing is asked."""
 
     def __init__(self, config: TransformerConfig) -> None:
+        if config.architecture == "encoder-decoder":
+            raise FormwrightError("Tokens are classified by an encoder or a decoder; set architecture to one of these.")
         super().__init__(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
