@@ -11,11 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="module")
 def warm_workers(tmp_path_factory):
-    """Two worker processes for all comparisons that a module makes in this process: starting them takes longer than
-    their trials."""
+    """One worker process for all comparisons that a module makes in this process: to start it takes longer than its
+    trials."""
     from formwright.bench.pool import LocalPool, pool
 
-    team = LocalPool(2, tmp_path_factory.mktemp("workers") / "log")
+    team = LocalPool(1, tmp_path_factory.mktemp("workers") / "log")
     shared = types.SimpleNamespace(run=team.run, close=lambda: None)
 
     def choose(backend, workers, log):

@@ -81,14 +81,15 @@ def test_a_record_has_all_that_was_measured(run):
             assert one.settings["steps"] == 3
 
 
-def test_a_finished_run_does_nothing_twice_and_takes_more_seeds(run):
-    before = (run.folder / records.RECORDS).read_bytes()
-    compare(TASK, GRID, steps=3, out=run.folder, workers=1, settings=SMALL)
-    assert (run.folder / records.RECORDS).read_bytes() == before
-    again = compare(TASK, GRID, steps=3, seeds=3, out=run.folder, workers=2, settings=SMALL)
-    after = (run.folder / records.RECORDS).read_bytes()
+def test_a_finished_run_does_nothing_twice_and_takes_more_seeds(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    before = (folder / records.RECORDS).read_bytes()
+    compare(TASK, GRID, steps=3, out=folder, workers=1, settings=SMALL)
+    assert (folder / records.RECORDS).read_bytes() == before
+    again = compare(TASK, GRID, steps=3, seeds=3, out=folder, workers=2, settings=SMALL)
+    after = (folder / records.RECORDS).read_bytes()
     assert after.startswith(before)
-    assert [one.seed for one in list(Records(run.folder))[7:]] == [2, 2, 2]
+    assert [one.seed for one in list(Records(folder))[7:]] == [2, 2, 2]
     assert {len(row.seeds) for row in again.summary.rows} == {3}
 
 
@@ -237,6 +238,7 @@ def test_a_worker_that_dies_is_reported_by_its_signal(tmp_path, monkeypatch):
         ({"mixer": ["sofmax", "aft"]}, {}, "No mixer is called 'sofmax'"),
         ({"mixr": ["softmax", "aft-simple"]}, {}, "Did you mean mixer"),
         ({"mixer": []}, {}, "no value to try"),
+        ({"mixer": ["softmax", "[softmax,aft-simple"]}, {}, r"'\[softmax,aft-simple' has no closing bracket"),
         ({"mixer": ["softmax", "softmax()"]}, {}, "twice"),
         ({}, {}, "nothing to compare"),
         ({"mixer": ["softmax", "aft-simple"]}, {"match": "size"}, "params, flops or none"),
@@ -298,7 +300,7 @@ def test_ray_gives_what_local_processes_give(run, tmp_path, monkeypatch):
         cluster.shutdown()
 
     def results(folder):
-        first = [one for one in Records(folder) if one.seed < 2]
-        return {(records.canonical(one.candidate), one.seed): (one.status, one.metrics) for one in first}
+        found = Records(folder)
+        return {(records.canonical(one.candidate), one.seed): (one.status, one.metrics) for one in found}
 
     assert results(found.folder) == results(run.folder)

@@ -157,6 +157,14 @@ def test_a_run_description_that_lacks_something_is_a_sentence(tmp_path, gone):
         summarize(tmp_path)
 
 
+def test_two_seeds_are_called_few_even_where_no_difference_scatters(tmp_path):
+    folder = runs.make(tmp_path)
+    with records.Records(folder, write=True) as log:
+        for one in [one for one in log if one.status == "done"]:
+            log.append(replace(one, metrics={"accuracy": 0.8}))
+    assert any("Two seeds show gross effects only" in said for said in summarize(folder).sentences())
+
+
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(FormwrightError, match=r"holds no comparison \(no run.json\)"):
         report(tmp_path)

@@ -68,6 +68,13 @@ def test_the_smallest_difference_has_the_power_it_says():
     assert np.mean(2 * stats.t.sf(abs(t), 4) < 0.05) == pytest.approx(0.8, abs=0.01)
 
 
+def test_equal_differences_do_not_say_that_anything_would_be_found():
+    [equal] = against(seeds(0.5, 0.6), [seeds(0.52, 0.62)], higher_is_better=True)
+    [scattered] = against(seeds(0.5, 0.6), [seeds(0.52, 0.63)], higher_is_better=True)
+    assert equal.smallest is None
+    assert scattered.smallest == pytest.approx(detectable(2) * 0.01 / 2**0.5)
+
+
 def seeds(*values):
     return dict(enumerate(values))
 

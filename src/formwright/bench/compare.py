@@ -210,6 +210,8 @@ def _value(name: str, value: Any) -> Any:
         if name == "attention":
             raise FormwrightError("Attention functions are varied as mixers: write mixer=NAME.")
         if isinstance(value, str) and value.strip().startswith("["):
+            if not value.strip().endswith("]"):
+                raise FormwrightError(f"{value!r} has no closing bracket: write [first,second] for a pattern.")
             value = split_list(value.strip()[1:-1])
         if isinstance(value, str | Mapping):
             return _spec(name, value)

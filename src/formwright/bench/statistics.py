@@ -157,7 +157,7 @@ def against(
         mean, error = mean_and_error(list(one.values()))
         gaps = np.array([one[s] - baseline[s] for s in seeds])
         factor = detectable(len(seeds))
-        spread = gaps.std(ddof=1) if len(gaps) > 1 else None
+        spread = gaps.std(ddof=1) if len(gaps) > 1 else 0.0
         found.append(
             Comparison(
                 values=tuple(one.values()),
@@ -166,7 +166,8 @@ def against(
                 difference=float(gaps.mean()) if len(gaps) else None,
                 p=p,
                 p_items=p_items,
-                smallest=float(factor * spread) if factor is not None and spread is not None else None,
+                # differences equal by chance do not say that any difference at all would be found
+                smallest=float(factor * spread) if factor is not None and spread > 1e-9 else None,
                 word=word(gaps if higher_is_better else -gaps, p, p_items),
             )
         )

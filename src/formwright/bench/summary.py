@@ -162,6 +162,8 @@ class Summary:
                 f"With {seeds} seeds {caution}a difference must reach about {typical} to be found four times in five, "
                 "before the correction for many comparisons."
             )
+        elif seeds == 2:
+            said.append("Two seeds show gross effects only: run at least three for a verdict.")
         if self.rows and self.metric.percent and min(row.result.mean for row in self.rows) > 0.97:
             said.append("Every candidate is near the ceiling of this task: fewer steps would tell more apart.")
         if self.rows and self.trivial:
