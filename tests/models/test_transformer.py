@@ -184,6 +184,16 @@ def test_a_static_cache_is_refused():
         decoder().generate(ids(), max_new_tokens=2, cache_implementation="static")
 
 
+def test_a_past_that_is_not_to_be_used_is_refused():
+    model = decoder()
+    written = model.generate(ids(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    asked = {"past_key_values": written.past_key_values, "max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(FormwrightError, match="use_cache=False"):
+        model.generate(written.sequences, use_cache=False, **asked)
+    longer = model.generate(ids(), max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(written.sequences, **asked), longer)
+
+
 def test_assisted_decoding_gives_the_greedy_text():
     model, draft = decoder(), decoder(num_hidden_layers=1)
     asked = {"max_new_tokens": 8, "do_sample": False}

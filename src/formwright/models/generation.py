@@ -25,6 +25,10 @@ class Generates(GenerationMixin):
                 "Transformer makes its own growing cache; leave the argument out."
             )
         if model_kwargs.get("past_key_values") is not None:
+            if generation_config.use_cache is False:
+                raise FormwrightError(
+                    "past_key_values with use_cache=False would read the past twice: leave one of the two out."
+                )
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False and self.model._can_cache():
             model_kwargs["past_key_values"] = self.model.new_cache(capacity=max_cache_length)
