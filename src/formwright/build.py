@@ -49,6 +49,8 @@ def parse_spec(spec: Spec) -> dict[str, Any]:
         key, equals, text = item.partition("=")
         if not equals:
             raise FormwrightError(f"{item!r} in {spec!r} is no option: write option=value.")
+        if key.strip() in options:
+            raise FormwrightError(f"{spec!r} sets {key.strip()} twice; leave one out.")
         options[key.strip()] = _value(text.strip())
     return options
 

@@ -363,6 +363,8 @@ def test_an_image_is_read_row_by_row():
         ({"vocab_size": 0}, "ids or images"),
         ({"mixer": []}, "empty list"),
         ({"architecture": "encoder-decoder", "num_decoder_layers": 0}, "num_decoder_layers"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"mixer": "softmax(dropout=0.1,dropout=0.2)"}, "sets dropout twice"),
     ],
 )
 def test_impossible_configs_say_what_is_wrong(fields, says):

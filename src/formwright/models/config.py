@@ -90,8 +90,9 @@ class TransformerConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise FormwrightError(f"{name} is a whole number from 1, got {getattr(self, name)!r}.")
-        if self.num_decoder_layers is not None and self.num_decoder_layers < 1:
-            raise FormwrightError(f"num_decoder_layers is a whole number from 1, got {self.num_decoder_layers!r}.")
+        for name in ("num_decoder_layers", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise FormwrightError(f"{name} is a whole number from 1 or none, got {getattr(self, name)!r}.")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise FormwrightError(
                 f"A hidden_size of {self.hidden_size} does not split into {self.num_attention_heads} heads; "
