@@ -1,6 +1,7 @@
 """The claims mechanism, on made-up claims: judged by rule, run in processes, resumed after a kill."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -249,6 +250,21 @@ def test_kill_minus_nine_loses_no_finished_seed_and_leaves_no_process(made_up, t
     again = list(claims.reproduce(made_up, "smoke", runs=runs, workers=1))
     assert [(outcome.seed, how) for outcome, how in again] == [(0, "kept"), (2, "kept"), (1, "ran")]
     assert [starts(tmp_path, seed) for seed in (0, 1, 2)] == [1, 2, 1]
+
+
+def test_a_run_that_is_left_waits_for_no_seed_and_keeps_the_finished_ones(made_up, tmp_path):
+    (tmp_path / "slow").touch()
+    going = claims.reproduce(made_up, "smoke", runs=tmp_path / "runs", workers=1)
+    assert next(going)[0].seed == 0
+    until = time.monotonic() + 120
+    while not starts(tmp_path, 1):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    before = {process.pid for process in multiprocessing.active_children()}
+    going.close()
+    assert time.monotonic() < until, "It waited for a seed that takes ten minutes."
+    assert len(before - {process.pid for process in multiprocessing.active_children()}) == 1
+    assert list(recorded(tmp_path / "runs" / "made-up.jsonl", made_up, "smoke")) == [0]
 
 
 def children(pid):

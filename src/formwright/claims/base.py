@@ -9,10 +9,11 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,7 +179,7 @@ class SeedFailed(RuntimeError):
 
 def reproduce(
     of: Study, scale: Scale, *, runs: Path, workers: int | None = None
-) -> Iterator[tuple[Outcome, Literal["ran", "kept"]]]:
+) -> Generator[tuple[Outcome, Literal["ran", "kept"]], None, None]:
     """Outcomes as they come: those kept from an earlier call first, then one process of one thread for each seed.
 
     Args:
@@ -214,6 +215,10 @@ def reproduce(
                 continue
             _append(path, of, outcome)
             yield outcome, "ran"
+    except BaseException:  # an interrupt, or the caller has gone: nobody waits for what is being computed
+        for process in list(pool._processes.values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     if failures:
@@ -224,7 +229,9 @@ def reproduce(
 
 
 def _start_worker() -> None:
-    """One thread, and no life after the parent's: a killed `reproduce` leaves nothing running."""
+    """One thread, and no life after the parent's: a killed `reproduce` leaves nothing running. An interrupt at the
+    keyboard is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel

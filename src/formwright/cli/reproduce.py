@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,9 +49,10 @@ def reproduce(
     for claim in study.claims:
         log.print(f"[bold]{study.slug}[/]: {claim.statement}")
     outcomes: list[claims.Outcome] = []
+    seeds = claims.reproduce(study, scale, runs=root / "runs" / "claims", workers=workers)
     try:
-        with log.status(f"0 of {len(study.seeds)} seeds done ({scale})") as status:
-            for outcome, how in claims.reproduce(study, scale, runs=root / "runs" / "claims", workers=workers):
+        with closing(seeds), log.status(f"0 of {len(study.seeds)} seeds done ({scale})") as status:
+            for outcome, how in seeds:
                 outcomes.append(outcome)
                 note = "kept from an earlier run" if how == "kept" else f"{outcome.seconds:.1f} s"
                 log.print(f"seed {outcome.seed}: {_numbers(outcome)} ({note})")
