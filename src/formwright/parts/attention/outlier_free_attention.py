@@ -173,8 +173,7 @@ class GatedAttention(MultiHeadAttention):
         gate: what computes a gate, see HeadGate.
         opening: pi, how open the gates start: 0.5 in BERT, 0.25 in OPT.
         start: "pretrained" divides the gated heads by pi and starts the gates' weights at N(0, 0.01^2), so that
-        weights of
-            plain attention go on nearly unchanged.
+            weights of plain attention go on nearly unchanged.
         dropout: probability of dropping a weight in training.
     """
 
