@@ -64,7 +64,7 @@ def run(scale: Scale, seed: int) -> Outcome:
 
 def built(arm: str, task: Task, layers: int, seed: int) -> TransformerForCausalLM:
     seeded(seed)
-    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "position": "learned"}
     return TransformerForCausalLM(TransformerConfig(**task.model_config, **sizes, **ARMS[arm]))
 
 

@@ -44,7 +44,7 @@ def run(scale: Scale, seed: int) -> Outcome:
 def loss(block: str, layers: int, task: Task, scale: Scale, seed: int) -> float:
     """Nats a byte on the test text; a run that broke off counts as guessing."""
     seeded(seed)
-    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "position": "learned"}
     model = TransformerForCausalLM(TransformerConfig(**task.model_config, **sizes, block=block))
     settings = Settings(
         steps=STEPS[scale],

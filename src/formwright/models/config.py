@@ -57,7 +57,7 @@ class TransformerConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     max_position_embeddings: int = 512
     mixer: str | dict | list = "softmax"
-    position: str | dict | list = "sinusoidal"
+    position: str | dict | list = "learned"
     feedforward: str | dict | list = "gelu"
     norm: str | dict = "layernorm"
     block: str | dict | list = "pre"
