@@ -1,5 +1,6 @@
 """Clipped softmax and gated attention: exact zeros and ones, identity settings, gates, and the measures of outliers."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -184,3 +185,10 @@ def test_measures_of_outliers_by_hand():
 def test_impossible_options_are_refused(make, says):
     with pytest.raises(FormwrightError, match=says):
         make()
+
+
+@pytest.mark.parametrize("option", [{"start": "pretraind"}, {"gate": "mpl"}])
+def test_a_misspelt_choice_is_no_other_choice(option, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(FormwrightError, match=next(iter(option.values()))):
+        GatedAttention(dim=8, heads=2, **option)

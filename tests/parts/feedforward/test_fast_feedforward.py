@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from torch.nn import functional as F
@@ -281,3 +282,10 @@ def test_gradients_equal_the_releases():
     torch.testing.assert_close(ours.up.grad, theirs.w1s.grad.transpose(1, 2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.down.grad, theirs.w2s.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.down_bias.grad, theirs.b2s.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"activation": "rleu"}, {"usage": "sfot"}])
+def test_a_misspelt_choice_is_no_other_choice(option, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(FormwrightError, match=next(iter(option.values()))):
+        FastFeedForward(dim=8, hidden=16, **option)

@@ -16,7 +16,7 @@ Differs  Gates are conditional on every token; the paper's gates on a mean over 
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from formwright.errors import FormwrightError
 from formwright.parts.attention.softmax import SoftmaxAttention, attention_scores, repeat_heads, softmax_or_zero
 from formwright.parts.mixing.multihead import MultiHeadAttention
 
+Gate = Literal["linear", "mlp", "all-heads"]
 ALPHA = 3.2  # BERT's best, gamma = -0.025 at T = 128
 
 
@@ -120,11 +121,13 @@ class HeadGate(nn.Module):
         *,
         dim: int,
         heads: int,
-        kind: Literal["linear", "mlp", "all-heads"],
+        kind: Gate,
         opening: float,
         std: float | None,
     ) -> None:
         super().__init__()
+        if kind not in get_args(Gate):
+            raise FormwrightError(f"A gate is one of {', '.join(get_args(Gate))}, got {kind!r}.")
         if not 0 < opening < 1:
             raise FormwrightError(f"A gate's opening is a share between 0 and 1, got {opening}.")
         if kind != "all-heads" and dim % heads:
@@ -186,7 +189,7 @@ class GatedAttention(MultiHeadAttention):
         head_dim: int | None = None,
         position: nn.Module | None = None,
         qkv_bias: bool = True,
-        gate: Literal["linear", "mlp", "all-heads"] = "mlp",
+        gate: Gate = "mlp",
         opening: float = 0.5,
         start: Literal["scratch", "pretrained"] = "scratch",
         dropout: float = 0.0,
@@ -200,6 +203,8 @@ class GatedAttention(MultiHeadAttention):
             position=position,
             bias=qkv_bias,
         )
+        if start not in ("scratch", "pretrained"):
+            raise FormwrightError(f"Gated attention starts from scratch or pretrained weights, got start={start!r}.")
         pretrained = start == "pretrained"
         self.gate = HeadGate(dim=dim, heads=heads, kind=gate, opening=opening, std=0.01 if pretrained else None)
         self.factor = 1 / opening if pretrained else 1.0

@@ -81,6 +81,11 @@ class FastFeedForward(nn.Module):
                 f"FastFeedForward needs hardening >= 0, region_leak from 0 to 0.5 and dropout from 0 to below 1; got "
                 f"hardening={hardening}, region_leak={region_leak} and dropout={dropout}."
             )
+        if activation not in ("relu", "gelu") or usage not in ("none", "soft", "hard"):
+            raise FormwrightError(
+                f"FastFeedForward has activation relu or gelu and usage none, soft or hard; got {activation!r} and "
+                f"{usage!r}."
+            )
         self.depth, self.leaves, self.nodes = depth, 2**depth, 2**depth - 1
         self.leaf = -(-hidden // self.leaves)
         self.hardening, self.region_leak, self.train_hardened = hardening, region_leak, train_hardened
