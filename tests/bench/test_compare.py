@@ -260,6 +260,7 @@ def test_a_worker_that_dies_is_reported_by_its_signal(tmp_path, monkeypatch):
         ({"betas": [(0.9, 0.99), 0.9]}, {}, "betas is 0.9, .* a pair of numbers"),
         ({"mixer": ["softmax", "aft-simple"]}, {"settings": {"mixer": "aft"}}, "varied and set at once"),
         ({"seed": [0, 1]}, {}, "give seeds instead"),
+        ({"save_every": [0, 10]}, {}, "no use here"),
     ],
 )
 def test_bad_input_is_a_sentence_before_any_work(tmp_path, grid, more, says, monkeypatch):

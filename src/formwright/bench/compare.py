@@ -220,9 +220,11 @@ def _value(name: str, value: Any) -> Any:
         raise FormwrightError(
             f"{value!r} is no {name}: write its name, or a list of names for a pattern over the layers."
         )
-    known = [one.name for one in fields(Settings) if one.name != "seed"]
+    known = [one.name for one in fields(Settings) if one.name not in ("seed", "save_every")]
     if name == "seed":
         raise FormwrightError("The seed is not varied: give seeds instead.")
+    if name == "save_every":
+        raise FormwrightError("save_every has no use here: a comparison resumes from finished trials.")
     if name not in known:
         _check_field(name, known)
     if isinstance(value, str):
