@@ -225,3 +225,18 @@ def test_left_padding_and_decoding_equal_transformers(twins):
             y = ours(x[:, t : t + 1], context)
             z = theirs(x[:, t : t + 1], cache_params=their_cache)
             torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [1, 2, 5])
+@pytest.mark.parametrize("more", [1, 3])
+def test_a_prefill_padded_on_the_right_goes_on_as_the_row_alone(pads, more):
+    mixer, x, cache = seeded().double(), tokens(2, 9 + more, dtype=torch.float64), State()
+    real = torch.ones(2, 9 + pads + more, dtype=torch.bool)
+    real[1, 9 : 9 + pads] = False
+    padded = torch.cat([x[:, :9], tokens(2, pads, dtype=torch.float64), x[:, 9:]], 1)[1:]
+    with torch.no_grad():
+        alone = mixer(x[1:], causal(x[1:]))
+        head, rest = padded[:, : 9 + pads], padded[:, 9 + pads :]
+        mixer(head, causal(head, padding=real[1:, : 9 + pads], cache=cache))
+        after = mixer(rest, Context(queries=more, keys=9 + pads + more, causal=True, padding=real[1:], cache=cache))
+    torch.testing.assert_close(after, alone[:, 9:])

@@ -102,18 +102,19 @@ class Mamba(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], context: Context) -> Float[Tensor, "b n d"]:
         self.check(context)
         real, cache = context.real, context.cache
-        # A padded token must reach neither the convolution's neighbours nor, through its bias, the state: zero twice.
+        # A padded token must reach neither the convolution's neighbours nor the state, which it neither feeds nor lets
+        # decay: its input is zero before the convolution and its step is zero in the scan.
         xz = self.in_proj(x if real is None else x * real[..., None])  # (b, n, 2 c)
         window, h = (None, None) if cache is None or cache.state is None else cache.state
-        if window is not None and self.can_step(xz, window, h):
+        if window is not None and self.can_step(xz, window, h) and (real is None or bool(real.all())):
             y, window, h = self.step(xz, window, h, real)
         else:
             x, z = xz.chunk(2, -1)
             seen = x if window is None else torch.cat([window.to(x.dtype), x], 1)
             x = causal_conv_silu(seen, self.conv1d.weight, self.conv1d.bias)[:, seen.shape[1] - x.shape[1] :]
-            y, h = self.scan(x if real is None else x * real[..., None], h)
+            y, h = self.scan(x, h, real)
             y = y.to(z.dtype) * F.silu(z)
-            window = None if cache is None else self.window(seen)
+            window = None if cache is None else self.window(seen, real)
         if cache is not None:
             cache.write(window, h, tokens=xz.shape[1])
         return self.out_proj(self.inner(y))
@@ -128,13 +129,17 @@ class Mamba(nn.Module):
             and not (self.x_proj._forward_hooks or self.x_proj._forward_pre_hooks)
         )
 
-    def window(self, seen: Float[Tensor, "b l c"]) -> Float[Tensor, "b kept c"]:
-        """The inputs that the convolution of the next token reads, zeros before the first."""
+    def window(self, seen: Float[Tensor, "b l c"], real: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b kept c"]:
+        """The inputs that the convolution of the next token reads: the last real ones, zeros before the first."""
         kept = self.conv1d.kernel_size[0] - 1
+        if real is not None:  # padding goes to the front, where it is the zeros it was projected to
+            before = real.new_ones(len(real), seen.shape[1] - real.shape[1])
+            order = torch.cat([before, real], 1).long().argsort(dim=1, stable=True)
+            seen = seen.gather(1, order[..., None].expand_as(seen))
         return F.pad(seen, (0, 0, kept, 0))[:, seen.shape[1] :].clone()
 
     def scan(
-        self, x: Float[Tensor, "b n c"], state: Float[Tensor, "b c s"] | None
+        self, x: Float[Tensor, "b n c"], state: Float[Tensor, "b c s"] | None, real: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c s"]]:
         """The selective scan with its maps made from x, in float32 or wider: outputs, and the state after them."""
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -144,6 +149,8 @@ class Mamba(nn.Module):
             delta = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         else:  # an adapter
             delta = F.softplus(self.dt_proj(dt).to(wide))
+        if real is not None:
+            delta = delta * real[..., None]
         A = -self.A_log.to(wide).exp()
         maps = (values.to(wide) for values in (B, C, self.D))
         return selective_scan(x.to(wide), delta, A, *maps, state=state, discretization=self.discretization)
