@@ -241,8 +241,8 @@ def test_the_exceptions_survive_saving_and_loading(tmp_path):
 
     from formwright.models.transformer import TransformerConfig, TransformerForCausalLM
 
-    sizes = {"architecture": "decoder", "mixer": "mamba", "feedforward": "fast-feedforward(depth=1)", "hidden_size": 16}
-    TransformerForCausalLM(TransformerConfig(**sizes)).save_pretrained(tmp_path)
+    parts = {"mixer": "mamba", "feedforward": "fast-feedforward(depth=1)", "position": "none"}
+    TransformerForCausalLM(TransformerConfig(architecture="decoder", hidden_size=16, **parts)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     decayed = {id(p) for p in decay_groups(model, 0.1)[0]["params"]}
     names = {name.rpartition("block.")[2] for name, p in model.named_parameters() if id(p) in decayed}
