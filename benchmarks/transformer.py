@@ -9,8 +9,8 @@ training   a causal language model of 4 layers and width 256 on 16 x 256 tokens,
 encoding   BERT of 6 layers and width 384 with the same weights, 16 x 128 tokens, a third of them padding.
 decoding   GPT-2 of 4 layers and width 256 with the same weights, one token at a time behind 512 and 8,192.
 
-The variants take turns, the order turns round every round; figures are medians of processor time over all threads,
-ratios medians of the ratios within a round. A ratio above 1 says how many times as long the other takes.
+The variants take turns, the order turns round every round; figures are medians of processor time over all threads (and
+of the clock), ratios medians of the ratios within a round. A ratio above 1 says how many times as long the other takes.
 """
 
 import argparse
@@ -30,29 +30,38 @@ from formwright.models.transformer import TransformerConfig, TransformerForCausa
 from formwright.training.precision import attention_in_float32
 
 WARM_UP = 2
-Times = dict[str, list[float]]
+Times = dict[str, list[tuple[float, float]]]
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> Times:
-    """Processor seconds of every case in every round."""
+    """Seconds of processor and clock of every case in every round."""
     times: Times = {name: [] for name in cases}
     for turn in range(rounds + WARM_UP):
         for name in list(cases)[:: 1 if turn % 2 else -1]:
-            start = time.process_time()
+            start = time.process_time(), time.perf_counter()
             cases[name]()
-            times[name].append(time.process_time() - start)
+            times[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
     return {name: taken[WARM_UP:] for name, taken in times.items()}
+
+
+def ratio(others: list[tuple[float, float]], ours: list[tuple[float, float]]) -> dict[str, float]:
+    """How many times as long the others take, by processor time and by the clock."""
+    pairs = list(zip(others, ours, strict=True))
+    return {
+        kind: round(statistics.median(theirs[i] / mine[i] for theirs, mine in pairs), 3)
+        for i, kind in enumerate(("processor", "clock"))
+    }
 
 
 def report(title: str, times: Times, ours: str, scale: float = 1.0) -> dict[str, object]:
     """Milliseconds, and how many times as long as ours each of the others takes."""
-    ms = {name: round(statistics.median(taken) * 1e3 / scale, 2) for name, taken in times.items()}
-    ratios = {
-        name: round(statistics.median(a / b for a, b in zip(taken, times[ours], strict=True)), 3)
+    ms = {
+        name: [round(statistics.median(one[i] for one in taken) * 1e3 / scale, 2) for i in (0, 1)]
         for name, taken in times.items()
-        if name != ours
     }
-    print(f"{title:32}", "  ".join(f"{name} {ms[name]} ms" for name in ms), "| ours is faster by", ratios, flush=True)
+    ratios = {name: ratio(taken, times[ours]) for name, taken in times.items() if name != ours}
+    shown = "  ".join(f"{name} {processor} ({clock}) ms" for name, (processor, clock) in ms.items())
+    print(f"{title:28} {shown} | ours is faster by {ratios}", flush=True)
     return {"title": title, "milliseconds": ms, "ratios": ratios}
 
 
@@ -101,20 +110,22 @@ def training(rounds: int) -> list[dict[str, object]]:
 
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True) for name, model in models.items()}
     found = []
-    for title, dtype in (("float32", None), ("bfloat16 autocast", torch.bfloat16)):
+    precisions = {"float32": None, "bfloat16 autocast": torch.bfloat16}
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("bfloat16 is left out: this processor has no instructions for it, and emulation says nothing.")
+        del precisions["bfloat16 autocast"]
+    for title, dtype in precisions.items():
         times = interleaved({name: lambda n=name, d=dtype: step(n, d) for name in models}, rounds)
         found.append(report(f"training {title}", times, "ours"))
         if dtype is None:
             fp32_gpt2 = times["gpt2"]
         else:
-            ratio = statistics.median(a / b for a, b in zip(fp32_gpt2, times["ours"], strict=True))
-            print(f"{'':32} ours in bfloat16 against gpt2 in float32: {ratio:.3f}")
-            found[-1]["against gpt2 in float32"] = round(ratio, 3)
+            found[-1]["against gpt2 in float32"] = ratio(fp32_gpt2, times["ours"])
+            print(f"{'':28} against gpt2 in float32: {found[-1]['against gpt2 in float32']}")
         if "x-transformers" in times:
-            plain = times["ours without attention biases"]
-            ratio = statistics.median(a / b for a, b in zip(times["x-transformers"], plain, strict=True))
-            print(f"{'':32} without attention biases, against x-transformers: {ratio:.3f}")
-            found[-1]["without attention biases, against x-transformers"] = round(ratio, 3)
+            alike = ratio(times["x-transformers"], times["ours without attention biases"])
+            print(f"{'':28} without attention biases, against x-transformers: {alike}")
+            found[-1]["without attention biases, against x-transformers"] = alike
     return found
 
 
