@@ -91,8 +91,10 @@ class MultiHeadAttention(nn.Module):
 
     def _projected(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         if context.memory is None:
-            split = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            return split.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            # split first, then turn each: so the gradients lie as the projection wants them and need no copy
+            split = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = split.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         wide = self.inner_width
         q = self._rows(x, slice(wide))
         q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
