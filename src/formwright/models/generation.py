@@ -9,7 +9,7 @@ from formwright.errors import FormwrightError
 
 
 class Generates(GenerationMixin):
-    """generate with our own cache. The class name ends as transformers' checks want it to: see `can_generate`."""
+    """generate with our own cache. A model names GenerationMixin among its bases too: `can_generate` looks for it there."""
 
     def _prepare_cache_for_generation(
         self,
