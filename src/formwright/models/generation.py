@@ -9,7 +9,7 @@ from formwright.errors import FormwrightError
 
 
 class Generates(GenerationMixin):
-    """generate with our own cache. A model names GenerationMixin among its bases too: `can_generate` looks for it there."""
+    """generate with our own cache. A model names GenerationMixin among its bases too, where `can_generate` looks."""
 
     def _prepare_cache_for_generation(
         self,
