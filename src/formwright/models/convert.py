@@ -1,7 +1,9 @@
 """Trained weights of transformers' own models in ours: the same function, from our parts.
 
 `from_transformers(model)` takes a BERT, RoFormer or GPT-2 (bare or with a head we have) and gives the Transformer that
-computes the same. Our model can then be changed part by part, which the original cannot.
+computes the same. Our model can then be changed part by part, which the original cannot. One thing differs: where
+padding stands on the left and no position_ids are given, theirs count the padding and ours the real tokens. `generate`
+gives position_ids to both. Dropout before BERT's classifier is left out.
 """
 
 from collections.abc import Callable

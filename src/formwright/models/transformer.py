@@ -161,7 +161,7 @@ class TransformerForCausalLM(_Head, Generates, GenerationMixin):
 
 class TransformerForConditionalGeneration(_Head, Generates, GenerationMixin):
     """Sequence to sequence: logits (b, t, vocab); decoder inputs are the labels moved one place to the right unless
-    given.
+    given. Hidden states and attentions are the decoder's alone.
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.tokens.weight"}
