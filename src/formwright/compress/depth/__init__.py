@@ -1,0 +1,1 @@
+"""Fewer layers for inputs that need fewer."""

@@ -1,0 +1,1 @@
+"""Remove weights, neurons, heads, blocks and layers."""

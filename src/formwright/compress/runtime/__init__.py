@@ -1,0 +1,1 @@
+"""The same outputs, faster: how a model is executed."""

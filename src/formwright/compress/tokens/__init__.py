@@ -1,0 +1,1 @@
+"""Fewer tokens from layer to layer."""
