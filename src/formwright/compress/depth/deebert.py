@@ -1,0 +1,270 @@
+"""DeeBERT: a sample leaves the encoder at the first small classifier that is sure of it.
+
+Paper    Xin, Tang, Lee, Yu, Lin: DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference (ACL 2020),
+         arXiv:2004.12993.
+Idea     After every layer but the last sits an off-ramp, a pooler and a classifier of its own, trained while the
+         fine-tuned model under it stays frozen: the full model's answer remains what it was. A sample whose answer at
+         ramp i is sure enough takes it, and the layers above are not run for it.
+
+             z_i = W_c,i dropout(tanh(W_p,i h_i[CLS] + b_p,i)) + b_c,i      i = 1 .. L - 1
+             loss = sum_i CE(z_i, y)                                        all samples at all ramps
+             leave at i if H_i = -sum_c p_c ln p_c < S                      p = softmax(z_i), in nats
+
+Differs  The paper runs one sample at a time; here a batch shrinks as its samples leave. The frozen layers run without
+         dropout while the ramps learn (backbone="train" is the release's way). The release also lets an untrained ramp
+         after the last layer answer; there is none here. Its ramps start from the pooler before fine-tuning: name that
+         model's folder as `pooler`, else they start from what the fine-tuned model holds in its place.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from formwright.compress.classifier import Classifier, classifier
+from formwright.compress.modifier import Data, Modifier
+from formwright.compress.structure import EXECUTOR, Executor, attach
+from formwright.errors import FormwrightError
+from formwright.training import fit
+
+Backbone = Literal["eval", "train"]
+
+
+@dataclass
+class EarlyExitOutput(SequenceClassifierOutput):
+    """What a classifier gives, and after how many layers each sample left."""
+
+    exit_layers: Int[Tensor, " b"] | None = None
+
+
+def entropy(logits: Float[Tensor, "b c"]) -> Float[Tensor, " b"]:
+    """In nats, in float32; a probability that underflows counts nothing."""
+    logs = F.log_softmax(logits.float(), -1)
+    return -(logs.exp() * logs).sum(-1)
+
+
+class OffRamp(nn.Module):
+    """BERT's pooler, dropout and classifier, on the first token of a layer's output."""
+
+    def __init__(self, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, hidden: Float[Tensor, "b n d"]) -> Float[Tensor, "b c"]:
+        return self.classifier(self.dropout(torch.tanh(self.pooler(hidden[:, 0]))))
+
+
+class EarlyExit(Executor):
+    """The off-ramps, and the run through the layers that lets samples leave at them.
+
+    In training mode the model runs as ever, its own last answer and loss. A call that asks for attentions or hidden
+    states does so too: a sample that left has none.
+
+    Args:
+        width: of the hidden states.
+        classes: of the answer.
+        ramps: how many, one a layer but the last.
+        threshold: entropy in nats below which a sample leaves, one number or one a ramp. 0 and less: none leaves.
+        dropout: in the ramps, while they learn.
+    """
+
+    kind = "early-exit"
+
+    def __init__(
+        self, *, width: int, classes: int, ramps: int, threshold: float | int | Sequence[float | int], dropout: float
+    ) -> None:
+        super().__init__()
+        self.sizes = {"width": width, "classes": classes, "ramps": ramps, "dropout": dropout}
+        self.ramps = nn.ModuleList(OffRamp(width, classes, dropout) for _ in range(ramps))
+        self.threshold = threshold
+        self.learning: Backbone | None = None  # how the frozen layers run while the ramps learn
+
+    @property
+    def threshold(self) -> list[float]:
+        """The entropy in nats below which a sample leaves, by ramp. May be set at any time."""
+        return self._thresholds
+
+    @threshold.setter
+    def threshold(self, given: float | int | Sequence[float | int]) -> None:
+        self._thresholds = _thresholds(given, len(self.ramps))
+
+    def structure(self) -> dict[str, Any]:
+        return {**self.sizes, "threshold": self.threshold}
+
+    @classmethod
+    def rebuild(cls, old: nn.Module | None, **structure: Any) -> "EarlyExit":  # noqa: ARG003 - it stands alone
+        return cls(**structure)
+
+    def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        whole = classifier(model, "DeeBERT")
+        inputs = whole.inputs(*args, **kwargs)
+        if inputs is None or (model.training and self.learning is None):
+            return forward(*args, **kwargs)
+        labels = inputs.pop("labels", None)
+        output = self.learn(whole, inputs, labels) if model.training else self.leave(whole, inputs, labels)
+        return output if kwargs.get("return_dict", True) else output.to_tuple()
+
+    def leave(self, whole: Classifier, inputs: dict[str, Tensor], labels: Tensor | None) -> EarlyExitOutput:
+        """Layer by layer; the rows of samples that left are taken out of the batch."""
+        hidden = whole.embed(**inputs)
+        mask = whole.mask(hidden, inputs.get("attention_mask"))
+        left = torch.arange(len(hidden), device=hidden.device)  # which samples the rows of the batch are
+        exits = torch.full_like(left, len(whole.layers))
+        gone, said = [], []  # the samples in the order in which they left, and their answers
+        for number, layer in enumerate(whole.layers, 1):
+            hidden = layer(hidden, mask)
+            if number == len(whole.layers):  # the model's own head answers, and no ramp
+                gone.append(left)
+                said.append(whole.head(hidden))
+            elif self.threshold[number - 1] > 0:
+                answers = self.ramps[number - 1](hidden)
+                sure = entropy(answers) < self.threshold[number - 1]
+                if not sure.any():
+                    continue
+                gone.append(left[sure])
+                said.append(answers[sure])
+                exits[left[sure]] = number
+                if sure.all():
+                    break
+                rows = (~sure).nonzero().squeeze(1)
+                left, hidden = left[rows], hidden[rows]
+                mask = mask if mask is None else mask[rows]
+        logits = torch.cat(said)[torch.argsort(torch.cat(gone))]
+        loss = None if labels is None else whole.loss(logits, labels)
+        return EarlyExitOutput(loss=loss, logits=logits, exit_layers=exits)
+
+    def learn(self, whole: Classifier, inputs: dict[str, Tensor], labels: Tensor | None) -> EarlyExitOutput:
+        """The second stage: the ramps' losses, with the model under them frozen."""
+        whole.model.train(self.learning == "train")
+        self.train()
+        answers = self.answers(whole, inputs)
+        whole.model.train()
+        loss = None if labels is None else sum(whole.loss(one, labels) for one in answers[:-1])
+        return EarlyExitOutput(loss=loss, logits=answers[-1])
+
+    def answers(self, whole: Classifier, inputs: dict[str, Tensor]) -> list[Float[Tensor, "b c"]]:
+        """What every ramp says, and last the model's own head. No gradient reaches the model."""
+        found = []
+        with torch.no_grad():
+            hidden = whole.embed(**inputs)
+            mask = whole.mask(hidden, inputs.get("attention_mask"))
+        for number, layer in enumerate(whole.layers):
+            with torch.no_grad():
+                hidden = layer(hidden, mask)
+            if number < len(self.ramps):
+                found.append(self.ramps[number](hidden))
+        with torch.no_grad():
+            return [*found, whole.head(hidden)]
+
+
+class DeeBERT(Modifier):
+    """Off-ramps after every layer but the last, trained with the model frozen.
+
+    Args:
+        threshold: the entropy in nats below which a sample leaves: one number, or one a ramp. With C classes ln C is
+            the most there is, at which all leave after the first layer. `model.executor.threshold` changes it later.
+        steps: of training the ramps; none = those of the data's settings, as for the two below.
+        learning_rate: 2e-5 in the paper.
+        batch_size: 8 in the paper.
+        backbone: whether the frozen layers keep their dropout while the ramps learn: "eval" (no) or "train" (yes).
+        pooler: folder of the model before fine-tuning, whose pooler the ramps start from.
+    """
+
+    trains = True
+
+    def __init__(
+        self,
+        *,
+        threshold: float | int | list[float | int] = 0.1,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        batch_size: int | None = None,
+        backbone: Backbone = "eval",
+        pooler: str | None = None,
+    ) -> None:
+        if backbone not in get_args(Backbone):
+            raise FormwrightError(f"backbone is {backbone!r}, but it must be eval or train.")
+        _thresholds(threshold, len(threshold) if isinstance(threshold, list) else 1)
+        self.threshold, self.backbone, self.pooler = threshold, backbone, pooler
+        own = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size}
+        self.settings = {name: value for name, value in own.items() if value is not None}
+
+    def check(self, model: PreTrainedModel) -> None:
+        layers = len(classifier(model, "DeeBERT").layers)
+        if layers < 2:
+            raise FormwrightError("DeeBERT needs two layers or more: with one there is nowhere to leave early.")
+        if getattr(model, EXECUTOR, None) is not None:
+            raise FormwrightError(f"The model is run by {model.executor.kind} already: leave deebert out.")
+        _thresholds(self.threshold, layers - 1)
+
+    def apply(self, model: PreTrainedModel) -> None:
+        whole = classifier(model, "DeeBERT")
+        config = model.config
+        executor = EarlyExit(
+            width=whole.width,
+            classes=config.num_labels,
+            ramps=len(whole.layers) - 1,
+            threshold=self.threshold,
+            dropout=getattr(config, "hidden_dropout_prob", None) or getattr(config, "dropout", 0.0),
+        )
+        start = self._pooler(whole)
+        with torch.no_grad():
+            for ramp in executor.ramps:
+                ramp.classifier.weight.normal_(0.0, 0.02)
+                ramp.classifier.bias.zero_()
+                ramp.pooler.weight.copy_(start.weight)
+                ramp.pooler.bias.copy_(start.bias)
+        attach(model, executor.to(device=model.device, dtype=model.dtype).train(model.training))
+
+    def _pooler(self, whole: Classifier) -> nn.Linear:
+        """The matrix and bias the ramps' poolers start from."""
+        if self.pooler is None:
+            model = whole.model
+            if whole.family == "bert":
+                found = model.bert.pooler.dense
+            else:
+                found = model.pre_classifier if whole.family == "distilbert" else model.classifier.dense
+            whence = "the model"
+        else:
+            try:
+                found = getattr(getattr(AutoModel.from_pretrained(self.pooler), "pooler", None), "dense", None)
+            except (OSError, ValueError) as wrong:
+                raise FormwrightError(f"pooler is {self.pooler!r}, which holds no model: give its folder.") from wrong
+            whence = self.pooler
+        if getattr(getattr(found, "weight", None), "shape", None) != (whole.width, whole.width):
+            raise FormwrightError(
+                f"{whence} holds no pooler of width {whole.width} for the off-ramps to start from: "
+                "name the folder of a model that does as pooler."
+            )
+        return found
+
+    def finetune(self, model: PreTrainedModel, data: Data) -> None:
+        wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        model.requires_grad_(False)
+        model.executor.requires_grad_(True)
+        model.executor.learning = self.backbone
+        try:
+            fit(model, data.task, replace(data.settings, **self.settings))
+        finally:
+            model.executor.learning = None
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+
+
+def _thresholds(given: float | int | Sequence[float | int], ramps: int) -> list[float]:
+    one = isinstance(given, int | float) and not isinstance(given, bool)
+    values = [given] * ramps if one else list(given) if isinstance(given, list | tuple) else []
+    if len(values) != ramps or not all(isinstance(v, int | float) and v == v for v in values):
+        raise FormwrightError(
+            f"threshold is {given!r}, but it must be an entropy in nats, or a list of {ramps}, one for each layer "
+            "but the last."
+        )
+    return [float(value) for value in values]
