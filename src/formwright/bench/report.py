@@ -4,22 +4,17 @@ The table and its intervals are plain HTML and SVG, so they print and need no sc
 Plotly, whose library is embedded once. Everything that comes from a user or a record is escaped.
 """
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from formwright.bench.page import COLOURS, INK, RULE, document, figure, layout, text
 from formwright.bench.statistics import pareto
 from formwright.bench.summary import Row, Summary, show_p, si, summarize
-from formwright.errors import require
 
-# Okabe and Ito's colours, told apart by colour-blind readers and in grey, without the yellow; then three darker ones.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#56B4E9", "#8C6D1F", "#4D4D4D", "#E69F00", "#1B4F5C")
 SYMBOLS = ("circle", "diamond-open", "square", "triangle-up-open", "cross", "star-open", "hexagon", "x-open")
 DASHES = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
-INK, QUIET, RULE = "#1c1c1a", "#6b6a65", "#dedcd5"
-STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def report(folder: str | Path) -> Path:
@@ -36,32 +31,20 @@ def report(folder: str | Path) -> Path:
 
 def render(summary: Summary) -> str:
     """The page as text."""
-    require("plotly", extra="report")
-    from plotly.offline import get_plotlyjs
-
     style = _Styles(summary)
     sentences = summary.sentences()
     split = len(sentences) - len(summary.warnings()) if summary.rows else len(sentences)
     body = [
-        f'<p class="kicker">Formwright comparison · {_text(summary.run.get("created", ""))}</p>',
-        f"<h1>{_text(_title(summary))}</h1>",
-        f'<p class="lead">{_text(" ".join(sentences[:split]))}</p>',
-        *(f"<p>{_text(' '.join(sentences[split:]))}</p>" if sentences[split:] else "",),
+        f'<p class="kicker">Formwright comparison · {text(summary.run.get("created", ""))}</p>',
+        f"<h1>{text(_title(summary))}</h1>",
+        f'<p class="lead">{text(" ".join(sentences[:split]))}</p>',
+        *(f"<p>{text(' '.join(sentences[split:]))}</p>" if sentences[split:] else "",),
         _facts(summary),
     ]
     if summary.rows:
         body += [_results(summary, style), _costs(summary, style), _curves(summary, style)]
     body += [_gaps(summary), _method(summary), _again(summary)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(_title(summary))}</title><style>{STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body><main>{''.join(body)}</main></body></html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return document(_title(summary), body)
 
 
 def _title(summary: Summary) -> str:
@@ -102,7 +85,7 @@ class _Styles:
     def colour_key(self) -> str:
         entries = [
             f'<li><svg width="12" height="12" aria-hidden="true"><rect width="12" height="12" rx="2" '
-            f'fill="{COLOURS[i % len(COLOURS)]}"/></svg>{_text(value)}</li>'
+            f'fill="{COLOURS[i % len(COLOURS)]}"/></svg>{text(value)}</li>'
             for i, value in enumerate(self.firsts)
         ]
         return "".join(entries)
@@ -118,10 +101,10 @@ class _Styles:
                 drawn = (
                     f'<line x1="0" y1="6" x2="30" y2="6" stroke="{INK}" stroke-width="2" stroke-dasharray="{pattern}"/>'
                 )
-                entries.append(f'<li><svg width="30" height="12" aria-hidden="true">{drawn}</svg>{_text(value)}</li>')
+                entries.append(f'<li><svg width="30" height="12" aria-hidden="true">{drawn}</svg>{text(value)}</li>')
             else:
                 entries.append(
-                    f'<li><svg width="14" height="14" aria-hidden="true">{_glyph(i)}</svg>{_text(value)}</li>'
+                    f'<li><svg width="14" height="14" aria-hidden="true">{_glyph(i)}</svg>{text(value)}</li>'
                 )
         return f'<ul class="legend">{"".join(entries)}</ul>'
 
@@ -160,7 +143,7 @@ def _facts(summary: Summary) -> str:
     }
     return (
         '<dl class="facts">'
-        + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
+        + "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in facts.items())
         + "</dl>"
     )
 
@@ -204,15 +187,15 @@ def _results(summary: Summary, style: _Styles) -> str:
         *([("rate", "")] if with_rates else []),
     ]
     head = "".join(
-        f'<th scope="col" class="{kind}">{name if name is axis else _text(name)}</th>' for name, kind in heads
+        f'<th scope="col" class="{kind}">{name if name is axis else text(name)}</th>' for name, kind in heads
     )
     lines = []
     footnotes = list(dict.fromkeys(note for row in summary.rows for note in row.notes))
     for row in summary.rows:
         result, base = row.result, row.baseline
-        notes = "".join(f"<sup>{_text(footnotes.index(note) + 1)}</sup>" for note in row.notes)
+        notes = "".join(f"<sup>{text(footnotes.index(note) + 1)}</sup>" for note in row.notes)
         tag = '<span class="tag">baseline</span>' if base else ""
-        names = [_text(row.candidate.get(slot, "")) for slot in summary.slots] or ["defaults"]
+        names = [text(row.candidate.get(slot, "")) for slot in summary.slots] or ["defaults"]
         names[-1] += notes + tag
         side = "better" if "better" in (result.word or "") else "worse" if "worse" in (result.word or "") else "plain"
         cells = [
@@ -235,7 +218,7 @@ def _results(summary: Summary, style: _Styles) -> str:
         lines.append(f"<tr{marked}>{filled}</tr>")
     for name, value in summary.trivial.items():
         width = max(1, len(summary.slots))
-        first = f'<td class="text" colspan="{width}">{_text(name)} <span class="tag">no model</span></td>'
+        first = f'<td class="text" colspan="{width}">{text(name)} <span class="tag">no model</span></td>'
         rest = "".join("<td></td>" for _ in heads[width + 1 :])
         lines.append(f'<tr class="trivial">{first}<td>{metric.show(value).removesuffix(" %")}</td>{rest}</tr>')
     note = (
@@ -244,7 +227,7 @@ def _results(summary: Summary, style: _Styles) -> str:
         "over an evaluation batch, latency as a ratio to the baseline timed in turns with it; memory is the peak of "
         "one training step."
     )
-    marks = "".join(f" <sup>{place}</sup> {_text(text)}." for place, text in enumerate(footnotes, 1))
+    marks = "".join(f" <sup>{place}</sup> {text(mark)}." for place, mark in enumerate(footnotes, 1))
     return (
         f'<section><h2>Results</h2><div class="scroll"><table id="results"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -282,47 +265,8 @@ def _dots(row: Row, low: float, high: float, colour: str, summary: Summary) -> s
     drawn += [f'<circle cx="{x(value)}" cy="10" r="2.300" fill="{colour}"/>' for value in row.result.values]
     at = x(row.result.mean)
     drawn.append(f'<line x1="{at}" y1="3" x2="{at}" y2="17" stroke="{colour}" stroke-width="2"/>')
-    said = _text(f"{row.label}: {summary.metric.show(row.result.mean)}")
+    said = text(f"{row.label}: {summary.metric.show(row.result.mean)}")
     return f'<svg class="dots" width="{wide}" height="{tall}" role="img" aria-label="{said}">{"".join(drawn)}</svg>'
-
-
-def _layout(title_x: str, title_y: str, *, height: int = 320) -> dict[str, Any]:
-    axis: dict[str, Any] = {
-        "showline": True, "linecolor": INK, "linewidth": 1, "ticks": "outside", "tickcolor": INK, "ticklen": 4,
-        "gridcolor": "#eceae4", "zeroline": False, "title": {"standoff": 8, "font": {"size": 13, "color": QUIET}},
-    }  # fmt: skip
-    return {
-        "height": height,
-        "margin": {"l": 58, "r": 12, "t": 8, "b": 46},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {
-            "family": 'system-ui, "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif',
-            "size": 12.5,
-            "color": INK,
-        },
-        "showlegend": False,
-        "hoverlabel": {"bgcolor": "#ffffff", "font": {"color": INK}},
-        "xaxis": axis | {"title": axis["title"] | {"text": title_x}},
-        "yaxis": axis | {"title": axis["title"] | {"text": title_y}},
-    }
-
-
-def _figure(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str) -> str:
-    import plotly.graph_objects as go
-    import plotly.io
-
-    plotly.io.templates.default = "none"
-    drawn = go.Figure(data=list(traces), layout=layout).to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=name,
-        default_width="100%",
-        default_height=f"{layout['height']}px",
-        config={"displayModeBar": False, "responsive": True, "plotlyServerURL": ""},
-    )
-    shown = f"{layout['yaxis']['title']['text']} against {layout['xaxis']['title']['text']}"
-    return f'<figure aria-label="{_text(shown)}">{drawn}</figure>'
 
 
 def _costs(summary: Summary, style: _Styles) -> str:
@@ -354,7 +298,7 @@ def _costs(summary: Summary, style: _Styles) -> str:
                 "width": 0,
                 "color": style.colour(row),
             }
-            hover = f"{_text(row.label)}<br>{_text(metric.show(row.result.mean))}<br>%{{x:.4s}}<extra></extra>"
+            hover = f"{text(row.label)}<br>{text(metric.show(row.result.mean))}<br>%{{x:.4s}}<extra></extra>"
             marker = {
                 "color": style.colour(row),
                 "symbol": style.symbol(row),
@@ -372,19 +316,19 @@ def _costs(summary: Summary, style: _Styles) -> str:
                     "hovertemplate": hover,
                 }
             )
-        layout = _layout(title, metric.name.replace("_", " ") + (", %" if metric.percent else ""))
+        axes = layout(title, metric.name.replace("_", " ") + (", %" if metric.percent else ""))
         values = [x for x, _ in points]
         named = list(dict.fromkeys([front[-1], front[0]]))  # the best and the cheapest
         if min(values) > 0 and max(values) > 8 * min(values):
-            layout["xaxis"] |= {"type": "log", "dtick": "D2" if max(values) < 100 * min(values) else 1}
+            axes["xaxis"] |= {"type": "log", "dtick": "D2" if max(values) < 100 * min(values) else 1}
         elif max(values) - min(values) < 0.05 * max(values):  # matched: no false differences by zooming in
             middle = (max(values) + min(values)) / 2
-            layout["xaxis"] |= {"range": [0.9 * middle, 1.1 * middle]}
+            axes["xaxis"] |= {"range": [0.9 * middle, 1.1 * middle]}
             named = named[:1]
-        layout["xaxis"] |= {"exponentformat": "SI", "nticks": 6}
-        log = layout["xaxis"].get("type") == "log"
-        layout["annotations"] = _names(rows, points, named, log=log, up=metric.higher_is_better)
-        figures.append(_figure(traces, layout, f"plot-{name}"))
+        axes["xaxis"] |= {"exponentformat": "SI", "nticks": 6}
+        log = axes["xaxis"].get("type") == "log"
+        axes["annotations"] = _names(rows, points, named, log=log, up=metric.higher_is_better)
+        figures.append(figure(traces, axes, f"plot-{name}"))
     note = "The grey line joins what nothing else beats in both quality and cost. Bars are standard errors over seeds."
     return (
         f'<section><h2>Quality against cost</h2><p class="note">{note}</p>{style.legend("marker")}'
@@ -401,7 +345,7 @@ def _names(
         {
             "x": math.log10(points[i][0]) if log else points[i][0],
             "y": points[i][1],
-            "text": _text(rows[i].label),
+            "text": text(rows[i].label),
             "showarrow": False,
             "yshift": (14 if up else -14) * side,
             "font": {"size": 12, "color": INK},
@@ -420,11 +364,11 @@ def _curves(summary: Summary, style: _Styles) -> str:
         {
             "type": "scatter", "mode": "lines", "x": [x for x, _ in row.curve], "y": [y for _, y in row.curve],
             "line": {"color": style.colour(row), "dash": style.dash(row), "width": 2.4 if row.baseline else 1.6},
-            "hovertemplate": f"{_text(row.label)}<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
+            "hovertemplate": f"{text(row.label)}<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
         }
         for row in rows
     ]  # fmt: skip
-    drawn = _figure(traces, _layout("step", "training loss, nats", height=400), "plot-curves")
+    drawn = figure(traces, layout("step", "training loss, nats", height=400), "plot-curves")
     note = (
         "Training loss, the mean over seeds and over the steps since the point before. The baseline is drawn thicker."
     )
@@ -435,9 +379,9 @@ def _gaps(summary: Summary) -> str:
     if not summary.missing:
         return ""
     lines = "".join(
-        f'<tr><td class="text">{_text(one.label)}</td><td class="text">{_text(one.status)}</td>'
-        f'<td class="text">{_text(", ".join(map(str, one.seeds)) if one.status == "failed" else "–")}</td>'
-        f'<td class="text reason">{_text(one.reason)}</td></tr>'
+        f'<tr><td class="text">{text(one.label)}</td><td class="text">{text(one.status)}</td>'
+        f'<td class="text">{text(", ".join(map(str, one.seeds)) if one.status == "failed" else "–")}</td>'
+        f'<td class="text reason">{text(one.reason)}</td></tr>'
         for one in summary.missing
     )
     head = "".join(f'<th scope="col" class="text">{name}</th>' for name in ("candidate", "status", "seeds", "why"))
@@ -476,7 +420,7 @@ def _method(summary: Summary) -> str:
         )
     return (
         "<section><h2>How it was tested</h2>"
-        + "".join(f'<p class="small">{_text(one)}</p>' for one in said)
+        + "".join(f'<p class="small">{text(one)}</p>' for one in said)
         + "</section>"
     )
 
@@ -492,6 +436,6 @@ def _again(summary: Summary) -> str:
         f"{n} {' '.join(where[n]) if isinstance(where[n], list) else where[n]}" for n in names if where.get(n)
     )
     return (
-        f"<section><h2>Run it again</h2><pre>{_text(summary.run.get('command', ''))}</pre>"
-        f'<p class="small">{_text(facts)}. Every trial is a line of records.jsonl beside this file.</p></section>'
+        f"<section><h2>Run it again</h2><pre>{text(summary.run.get('command', ''))}</pre>"
+        f'<p class="small">{text(facts)}. Every trial is a line of records.jsonl beside this file.</p></section>'
     )

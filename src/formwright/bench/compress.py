@@ -1,0 +1,547 @@
+"""Search for the fastest or smallest model within an allowed loss: the work behind `formwright compress`.
+
+A trial is a recipe: it is applied to a fresh copy of the model, and its quality on the validation rows, its time on
+batches of the user's own data in turns with the original, its parameters and its bytes are a line of records.jsonl.
+Optuna proposes recipes (each method alone first, then combinations) and minimises loss and cost together; its study
+lies in search.db beside the records, so that a killed search goes on. The best recipe within the allowed loss is
+confirmed on test rows that no trial has seen.
+"""
+
+import copy
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from formwright.bench.measure import disk, forward_call, latency, parameters
+from formwright.bench.records import Record, Records, check_same_run, environment, key, read_run, write_run
+from formwright.build import Spec, build
+from formwright.compress.modifier import Data
+from formwright.compress.pipeline import run as run_recipe
+from formwright.compress.recipe import Recipe
+from formwright.compress.structure import load
+from formwright.errors import FormwrightError, require
+from formwright.tasks.base import Metric, Task
+from formwright.training import evaluate
+
+Cost = Literal["latency", "size", "params"]
+Told = Callable[[str], None]
+
+MODEL, TRIALS, STUDY = "model", "trials", "search.db"
+BATCHES = 6  # of the user's rows, that a model is timed on
+ROUNDS = 7
+
+# What a search combines: at most one of each group, in this order. A method that cannot be applied to the model, or is
+# not there, is left out.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "width": (
+        "prune(structure=neuron, amount=0.25)",
+        "prune(structure=neuron, amount=0.5)",
+        "prune(structure=head, amount=0.25)",
+    ),
+    "depth": (
+        "prune(structure=layer, amount=0.34)",
+        "entrodrop(count=1)",
+        "entrodrop(count=2)",
+    ),
+    "recover": ("distill", "finetune"),
+    "precision": ("int8", "bfloat16"),
+    "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A cost and the share of the original's that is wished for."""
+
+    cost: Cost = "latency"
+    ratio: float = 0.5
+
+    @staticmethod
+    def read(text: str) -> "Target":
+        """From `latency=0.5`.
+
+        Raises:
+            FormwrightError: another form, an unknown cost, or a share outside 0 to 1.
+        """
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or name not in get_args(Cost):
+            raise FormwrightError(f"--target {text!r} cannot be read: write {'=0.5, '.join(get_args(Cost))}=0.5.")
+        try:
+            ratio = float(value)
+        except ValueError as wrong:
+            raise FormwrightError(f"--target {text!r}: {value!r} is no number; write {name}=0.5.") from wrong
+        if not 0.01 <= ratio < 1:
+            raise FormwrightError(
+                f"--target {text!r} asks for {ratio:g} of the original's {name}: choose a share from 0.01 to below 1."
+            )
+        return Target(cost=name, ratio=ratio)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to search; whichever ends first."""
+
+    seconds: float | None = None
+    trials: int | None = None
+
+    @staticmethod
+    def read(text: str) -> "Budget":
+        """From `30m`, `90s`, `2h` or a number of trials.
+
+        Raises:
+            FormwrightError: another form.
+        """
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h|)\s*", text)
+        if match is None or not float(match[1]):
+            raise FormwrightError(f"--budget {text!r} cannot be read: write 30m, 90s, 2h or a number of trials.")
+        if not match[2]:
+            return Budget(trials=int(float(match[1])))
+        return Budget(seconds=float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What came out.
+
+    Args:
+        model: the chosen one, in evaluation mode.
+        folder: where it was saved.
+        recipe: what made it; none when nothing within the allowed loss is better than the original.
+        met: whether it meets the target on the validation rows' loss and the measured cost.
+        confirmed: whether its loss on the test rows is within the allowed one.
+        sentences: what was found, for people.
+        report: the HTML file.
+    """
+
+    model: PreTrainedModel
+    folder: Path
+    recipe: Recipe | None
+    met: bool
+    confirmed: bool
+    sentences: list[str]
+    report: Path | None
+    test: dict[str, float]
+
+
+def compress(
+    model: PreTrainedModel | str | Path,
+    recipe: Recipe | Spec | Sequence[Spec] | str | Path | None = None,
+    data: Data | Task | str | Path | None = None,
+    *,
+    task: str = "text-classification",
+    out: str | Path,
+    max_drop: float = 0.01,
+    target: str | Target = "latency=0.5",
+    budget: str | Budget = "30m",
+    text: str | None = None,
+    label: str | None = None,
+    seed: int = 0,
+    command: str = "",
+    told: Told | None = None,
+) -> Compressed:
+    """Make a model smaller or faster within the accuracy allowed, and save it.
+
+    Args:
+        model: a Hugging Face model or its folder.
+        recipe: the steps to run; none = search for the best.
+        data: a file of the user's rows, a task, or nothing for the data that comes with the kind of task.
+        task: text-classification, image-classification, causal-lm or sentence-embedding.
+        out: folder of the run; the same call goes on where a stopped one was.
+        max_drop: the loss allowed: of accuracy or fidelity as a difference (0.01 = one point), of perplexity as a
+            share.
+        target: latency=0.5, size=0.25 or params=0.5, as shares of the original's.
+        budget: 30m, 90s, 2h or a number of trials.
+        text, label: the columns of a table, where their names do not tell.
+        seed: of splits, training and search.
+        told: called with a sentence about what is going on.
+
+    Raises:
+        FormwrightError: no model, data that does not fit it, an unreadable recipe, target or budget, or a folder that
+            holds another run.
+    """
+    from formwright.bench.compress_report import report
+
+    say = told or (lambda _: None)
+    target = Target.read(target) if isinstance(target, str) else target
+    budget = Budget.read(budget) if isinstance(budget, str) else budget
+    if not 0 <= max_drop < 1:
+        raise FormwrightError(f"max_drop is {max_drop:g}: choose a share from 0 to below 1, such as 0.01.")
+    given = None if recipe is None else Recipe.read(recipe)
+    if given is not None:
+        given.modifiers()  # a wrong option is told before hours of work
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FormwrightError(f"{out} is a file: give --out a folder.")
+    bench = Bench.prepare(model, data, task=task, text=text, label=label, seed=seed, folder=out, say=say)
+    settings = {
+        "task": bench.data.task.name,
+        "kind": bench.data.kind,
+        "model": bench.name,
+        "max_drop": max_drop,
+        "target": asdict(target),
+        "seed": seed,
+    }
+    check_same_run(out, settings)
+    write_run(out, {"settings": settings, "command": command, "budget": asdict(budget), **bench.facts()})
+    with Records(out, write=True) as records:
+        if given is None:
+            search(bench, records, max_drop=max_drop, target=target, budget=budget, say=say)
+        else:
+            say(f"Applying {given.label()}")
+            bench.trial(given, records)
+        chosen = choose(records, target, max_drop)
+        result = finish(bench, records, chosen, target, max_drop, out)
+    write_run(out, {**(read_run(out) or {}), "result": {"sentences": result.sentences, "test": result.test}})
+    return copy.copy(_with(result, report=report(out)))
+
+
+def _with(result: Compressed, **changed: Any) -> Compressed:
+    import dataclasses
+
+    return dataclasses.replace(result, **changed)
+
+
+class Bench:
+    """The original model, its data, and what a candidate is measured by."""
+
+    def __init__(self, model: PreTrainedModel, data: Data, *, name: str, folder: Path, processor: Any = None) -> None:
+        self.original = model.eval()
+        self.data, self.name, self.folder, self.processor = data, name, folder, processor
+        self.task: Task = data.task  # type: ignore[assignment]
+        self.metric: Metric = self.task.main
+        self.batches = _batches(self.task)
+        self.quality = self.measure(self.original, "validation")
+        self.size = disk(self.original)
+        self.params = parameters(self.original)[0]
+
+    @staticmethod
+    def prepare(
+        model: PreTrainedModel | str | Path,
+        data: Data | Task | str | Path | None,
+        *,
+        task: str,
+        text: str | None,
+        label: str | None,
+        seed: int,
+        folder: Path,
+        say: Told,
+    ) -> "Bench":
+        """Load the model, read the data, and fit a head where the model has none."""
+        from formwright.compress.finetune import ensure_head
+        from formwright.tasks.support.own import processor_of, read
+
+        if isinstance(data, Data):
+            if not isinstance(model, PreTrainedModel):
+                raise FormwrightError("With Data of your own, give the model itself, not its folder.")
+            return Bench(model, data, name=type(model).__name__, folder=folder)
+        processor = None if isinstance(model, PreTrainedModel) else processor_of(model, kind=task)
+        if isinstance(data, Task):
+            rows = data
+        elif processor is None:
+            raise FormwrightError("Give the model's folder, so that its tokenizer is found, or data as a Task.")
+        else:
+            rows = read(task, data, processor, text=text, label=label, seed=seed)
+        say("Reading the model")
+        kept = folder / "original"
+        name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+        if (kept / "config.json").exists():
+            model = load(kept)
+        else:
+            model = ensure_head(model, rows, kind=task, seed=seed, say=say)
+            draft = folder / "original.part"
+            shutil.rmtree(draft, ignore_errors=True)
+            model.save_pretrained(draft)
+            if processor is not None:
+                processor.save_pretrained(draft)
+            shutil.rmtree(kept, ignore_errors=True)
+            draft.rename(kept)
+        return Bench(
+            model,
+            Data(task=rows, kind=task, seed=seed, settings=rows.defaults.settings),  # type: ignore[arg-type]
+            name=name,
+            folder=folder,
+            processor=processor,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "metric": asdict(self.metric),
+            "original": {"quality": self.quality, "params": self.params, "size": self.size},
+            "environment": environment(),
+            "created": time.strftime("%Y-%m-%d %H:%M"),
+        }
+
+    def measure(self, model: PreTrainedModel, split: Literal["validation", "test"]) -> float:
+        return evaluate(model, self.task, split, batch_size=32).metrics[self.metric.name]
+
+    def drop(self, quality: float, original: float | None = None) -> float:
+        """What is lost: a difference of shares, or the share by which a loss or perplexity grew."""
+        before = self.quality if original is None else original
+        return before - quality if self.metric.better == "higher" else quality / before - 1
+
+    def times(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Milliseconds for the user's batches and the ratio to the original, both timed in turns."""
+        runs = {"original": self._pass(self.original), "candidate": self._pass(model)}
+        return latency(runs, rounds=ROUNDS)["candidate"]
+
+    def _pass(self, model: PreTrainedModel) -> Callable[[], None]:
+        calls = [forward_call(model, batch) for batch in self.batches]
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def trial(self, recipe: Recipe, records: Records) -> Record:
+        """Apply a recipe to a copy, measure it and write it down; a recipe that was tried is read."""
+        config = json.loads(recipe.model_dump_json())
+        name = key(self.task.name, config, recipe.seed, {"model": self.name})
+        if name in records:
+            return records[name]
+        start = time.perf_counter()
+        place = self.folder / TRIALS / name
+        try:
+            model, changes = run_recipe(copy.deepcopy(self.original), recipe, self.data, folder=place)
+            quality = self.measure(model, "validation")
+            took, ratio = self.times(model)
+            record = Record(
+                key=name,
+                task=self.task.name,
+                candidate={"recipe": recipe.label()},
+                config=config,
+                seed=recipe.seed,
+                status="done",
+                metrics={self.metric.name: quality, "drop": self.drop(quality)},
+                params=parameters(model)[0],
+                latency_ms=took,
+                seconds=time.perf_counter() - start,
+                environment=environment(probe=False),
+                extra={
+                    "latency": ratio,
+                    "size": disk(model) / self.size,
+                    "params": sum(value.numel() for value in _weights(model)) / self.params,
+                    "changes": [asdict(change) for change in changes],
+                },
+            )
+        except FormwrightError as wrong:
+            record = Record(
+                key=name,
+                task=self.task.name,
+                candidate={"recipe": recipe.label()},
+                config=config,
+                seed=recipe.seed,
+                status="unsupported",
+                seconds=time.perf_counter() - start,
+                error=str(wrong),
+            )
+            shutil.rmtree(place, ignore_errors=True)
+        records.append(record)
+        return record
+
+    def reopen(self, record: Record) -> PreTrainedModel:
+        """The model of a finished trial."""
+        place = self.folder / TRIALS / record.key
+        recipe = Recipe(**record.config)
+        model, _ = run_recipe(copy.deepcopy(self.original), recipe, self.data, folder=place)
+        return model
+
+
+def _weights(model: PreTrainedModel) -> Iterable[Tensor]:
+    seen: dict[int, Tensor] = {}
+    for value in model.state_dict(keep_vars=True).values():
+        seen.setdefault(value.data_ptr(), value)
+    return seen.values()
+
+
+def _batches(task: Task) -> list[dict[str, Tensor]]:
+    """Validation rows as a user would send them: in the order they come."""
+    from formwright.training.evaluation import fetch, rows
+
+    held = rows(task, "validation")
+    count = min(len(held), 32 * BATCHES)  # type: ignore[arg-type]
+    places = torch.arange(count).split(32)
+    made = [fetch(held, one.tolist(), task.collate) for one in places]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in made]
+
+
+def available(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The methods of each group that can be applied to this model."""
+    found: dict[str, list[str]] = {}
+    for group, specs in GROUPS.items():
+        found[group] = []
+        for spec in specs:
+            try:
+                build("modifier", spec).check(model)
+            except FormwrightError:
+                continue
+            found[group].append(spec)
+    return found
+
+
+def search(bench: Bench, records: Records, *, max_drop: float, target: Target, budget: Budget, say: Told) -> None:
+    """Try recipes until the budget is spent."""
+    optuna = require("optuna", extra="search")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    groups = available(bench.original)
+    choices = {group: ["", *specs] for group, specs in groups.items() if specs}
+    if not choices:
+        raise FormwrightError(
+            f"No method can be applied to {type(bench.original).__name__}: formwright list tells more."
+        )
+    study = optuna.create_study(
+        study_name="compress",
+        storage=f"sqlite:///{(bench.folder / STUDY).resolve()}",
+        directions=["minimize", "minimize"],
+        sampler=optuna.samplers.TPESampler(seed=bench.data.seed, multivariate=True),
+        load_if_exists=True,
+    )
+    if not study.trials:
+        for group, specs in choices.items():
+            for spec in specs[1:]:
+                if group != "recover":
+                    study.enqueue_trial({name: spec if name == group else "" for name in choices})
+    start = time.perf_counter()
+    number = len(records)
+    while not _spent(budget, start, len(records)):
+        trial = study.ask()
+        steps = [trial.suggest_categorical(group, options) for group, options in choices.items()]
+        steps = [step for step in steps if step]
+        if not steps:
+            study.tell(trial, [0.0, 1.0])
+            if _exhausted(choices, study):
+                break
+            continue
+        recipe = Recipe.read(steps)
+        number += 1
+        say(f"Trial {number}: {recipe.label()}")
+        record = bench.trial(recipe, records)
+        if record.status != "done":
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            say(f"  cannot be applied: {record.error}")
+        else:
+            study.tell(trial, [record.metrics["drop"], record.extra[target.cost]])
+            say(f"  {_brief(bench, record)}")
+        _tidy(bench, records, target, max_drop)
+        if _exhausted(choices, study):
+            break
+
+
+def _spent(budget: Budget, start: float, trials: int) -> bool:
+    if budget.trials is not None and trials >= budget.trials:
+        return True
+    return budget.seconds is not None and time.perf_counter() - start > budget.seconds
+
+
+def _exhausted(choices: Mapping[str, Sequence[str]], study: Any) -> bool:
+    """Every combination was proposed, or nothing but repetitions for long."""
+    everything = 1
+    for options in choices.values():
+        everything *= len(options)
+    seen = {json.dumps(one.params, sort_keys=True) for one in study.trials if one.params}
+    return len(seen) >= everything or len(study.trials) > 20 * (len(seen) + 5)
+
+
+def _brief(bench: Bench, record: Record) -> str:
+    words = "slower" if record.extra["latency"] > 1 else "of the original's time"
+    return (
+        f"{bench.metric.name} {record.metrics[bench.metric.name]:.4f} (drop {record.metrics['drop']:+.4f}), "
+        f"{record.extra['latency']:.2f} {words}, {record.extra['size']:.2f} of its size"
+    )
+
+
+def _tidy(bench: Bench, records: Records, target: Target, max_drop: float) -> None:
+    """Keep the models of the best trials only."""
+    keep = {one.key for one in ranking(records, target, max_drop)[:3]}
+    for place in (bench.folder / TRIALS).glob("*"):
+        if place.name not in keep and place.name in records:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def ranking(records: Iterable[Record], target: Target, max_drop: float) -> list[Record]:
+    """Trials within the allowed loss that are cheaper than the original, the cheapest first; simulated gains count for
+    nothing.
+    """
+    fit = [
+        one
+        for one in records
+        if one.status == "done" and one.metrics["drop"] is not None and one.metrics["drop"] <= max_drop
+    ]
+    return sorted((one for one in fit if one.extra[target.cost] < 1), key=lambda one: one.extra[target.cost])
+
+
+def choose(records: Iterable[Record], target: Target, max_drop: float) -> Record | None:
+    """The best trial: the cheapest within the allowed loss."""
+    ranked = ranking(records, target, max_drop)
+    return ranked[0] if ranked else None
+
+
+def finish(
+    bench: Bench, records: Records, chosen: Record | None, target: Target, max_drop: float, out: Path
+) -> Compressed:
+    """Confirm the choice on the test rows, save it, and say what was found."""
+    before = bench.measure(bench.original, "test")
+    name = bench.metric.name
+    done = [one for one in records if one.status == "done"]
+    if chosen is None:
+        closest = min(done, key=lambda one: one.metrics["drop"], default=None)
+        said = [
+            f"No recipe of {len(done)} is both within the allowed loss of {max_drop:g} and cheaper in {target.cost}."
+        ]
+        if closest is not None:
+            said.append(f"The closest, {closest.candidate['recipe']}, loses {closest.metrics['drop']:.4f} of {name}.")
+        said.append("The original was saved.")
+        model, after, met, confirmed, recipe = bench.original, before, False, True, None
+        ratio = 1.0
+    else:
+        model = bench.reopen(chosen)
+        after = bench.measure(model, "test")
+        ratio = chosen.extra[target.cost]
+        if target.cost == "latency":
+            ratio = bench.times(model)[1]  # once more: the best of many timings flatters
+        met, confirmed = ratio <= target.ratio, bench.drop(after, before) <= max_drop
+        recipe = Recipe(**chosen.config)
+        said = [f"{recipe.label()}: {_share(target, ratio)} the original's {target.cost}."]
+        if not met:
+            said.append(f"That misses the target of {target.ratio:g} by {ratio - target.ratio:.2f}.")
+        lost = bench.drop(after, before)
+        said.append(
+            f"On held-out test rows {name} is {after:.4f}, the original's {before:.4f}: a loss of {lost:+.4f}, "
+            f"{'within' if confirmed else 'beyond'} the allowed {max_drop:g}."
+        )
+    folder = out / MODEL
+    draft = out / f"{MODEL}.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    if bench.processor is not None:
+        bench.processor.save_pretrained(draft)
+    if recipe is not None:
+        (draft / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    return Compressed(
+        model=model,
+        folder=folder,
+        recipe=recipe,
+        met=met,
+        confirmed=confirmed,
+        sentences=said,
+        report=None,
+        test={"original": before, "chosen": after, "ratio": ratio},
+    )
+
+
+def _share(target: Target, ratio: float) -> str:
+    if target.cost == "latency":
+        return f"{1 / ratio:.2f} times as fast, {ratio:.2f} of" if ratio < 1 else f"slower, {ratio:.2f} of"
+    return f"{ratio:.2f} of"
