@@ -19,7 +19,14 @@ from torch.utils.data import Dataset
 from formwright.training import Settings
 from formwright.training.items import Items
 
-Head = Literal["causal-lm", "masked-lm", "token-classification", "sequence-classification", "image-classification"]
+Head = Literal[
+    "causal-lm",
+    "masked-lm",
+    "token-classification",
+    "sequence-classification",
+    "image-classification",
+    "sentence-embedding",
+]
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a cell that is not scored
 
@@ -40,6 +47,7 @@ ACCURACY = Metric(name="accuracy")
 WHOLE = Metric(name="whole", unit="share of sequences without a mistake")
 LOSS = Metric(name="loss", unit="nats", better="lower")
 BITS = Metric(name="bits_per_byte", unit="bits", better="lower")
+PERPLEXITY = Metric(name="perplexity", better="lower")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,19 +61,28 @@ def labelled(table: Any, text: str, label: str, path: str | Path) -> tuple[list[
     Raises:
         FormwrightError: a column is missing, a label is, a text is no text, or the labels are numbers with fractions.
     """
-    told, labels = column(table, text, path, "text"), column(table, label, path, "label")
-    if labels.isna().any():
-        first = int(labels.isna().to_numpy().argmax())
-        raise FormwrightError(
-            f"{path}: {int(labels.isna().sum())} of {len(labels)} labels are missing, the first in row {first}: "
-            "remove those rows or label them."
-        )
-    told = told.fillna("").tolist()
+    told, labels = column(table, text, path, "text").fillna("").tolist(), labels_of(table, label, path)
     strange = next((i for i, value in enumerate(told) if not isinstance(value, str)), None)
     if strange is not None:
         raise FormwrightError(
             f"{path}: the column {text!r} holds no text in row {strange}, but {told[strange]!r}: choose another "
             "with text=."
+        )
+    return told, labels
+
+
+def labels_of(table: Any, label: str, path: str | Path) -> list[str | int]:
+    """The labels of a column: names or whole numbers.
+
+    Raises:
+        FormwrightError: the column is missing, a label is, or the labels are numbers with fractions.
+    """
+    labels = column(table, label, path, "label")
+    if labels.isna().any():
+        first = int(labels.isna().to_numpy().argmax())
+        raise FormwrightError(
+            f"{path}: {int(labels.isna().sum())} of {len(labels)} labels are missing, the first in row {first}: "
+            "remove those rows or label them."
         )
     values = labels.tolist()
     for i, value in enumerate(values):
@@ -83,7 +92,7 @@ def labelled(table: Any, text: str, label: str, path: str | Path) -> tuple[list[
                     f"{path}: the label in row {i} is {value}, but labels are names or whole numbers."
                 )
             values[i] = int(value)
-    return told, values
+    return values
 
 
 def classes_of(labels: Sequence[str | int], path: str | Path) -> list[str | int]:
