@@ -65,21 +65,45 @@ class Classifier:
         """The mask as the model's own attention reads it."""
         return create_bidirectional_mask(config=self.base.config, inputs_embeds=hidden, attention_mask=attention_mask)
 
+    def attention(self, layer: nn.Module) -> tuple[nn.Module, tuple[nn.Module, nn.Module, nn.Module]]:
+        """The module of a layer's attention, and its projections of queries, keys and values.
+
+        Raises:
+            FormwrightError: the layer holds no attention of its family any more.
+        """
+        try:
+            if self.family == "distilbert":
+                own = layer.attention
+                return own, (own.q_lin, own.k_lin, own.v_lin)
+            own = layer.attention.self
+            return own, (own.query, own.key, own.value)
+        except AttributeError as wrong:
+            raise FormwrightError(
+                f"A layer of this model holds no attention of its own any more ({wrong}): take another order of steps."
+            ) from wrong
+
     def attend(
-        self, layer: nn.Module, hidden: Float[Tensor, "b n d"], live: Bool[Tensor, "b n"]
+        self, layer: nn.Module, hidden: Float[Tensor, "b n d"], live: Bool[Tensor, "b n"], *, dropped: bool = False
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b h n n"]]:
-        """The first half of a layer, with its probabilities before dropout; keys that are not live are hidden."""
-        flat = self.family == "distilbert"
-        own = layer.attention if flat else layer.attention.self
-        projections = (own.q_lin, own.k_lin, own.v_lin) if flat else (own.query, own.key, own.value)
+        """The first half of a layer, and its probabilities before or after dropout; keys that are not live are
+        hidden."""
+        own, projections = self.attention(layer)
         q, k, v = (make(hidden).unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2) for make in projections)
         scores = (q @ k.mT) * own.scaling
         scores = scores.masked_fill(~live[:, None, None, :], torch.finfo(scores.dtype).min)
-        probabilities = scores.softmax(-1)
-        mixed = (own.dropout(probabilities) @ v).transpose(1, 2).flatten(2)
-        if flat:
-            return layer.sa_layer_norm(own.out_lin(mixed) + hidden), probabilities
-        return layer.attention.output(mixed, hidden), probabilities
+        before = scores.softmax(-1)
+        after = own.dropout(before)
+        mixed = (after.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        read = after if dropped else before
+        if self.family == "distilbert":
+            return layer.sa_layer_norm(own.out_lin(mixed) + hidden), read
+        return layer.attention.output(mixed, hidden), read
+
+    def widths(self, layer: nn.Module) -> tuple[int, int]:
+        """Of a layer's values over all heads, and of its feed-forward."""
+        _, (_, _, values) = self.attention(layer)
+        first = layer.ffn.lin1 if self.family == "distilbert" else layer.intermediate.dense
+        return values.out_features, first.out_features
 
     def feed(self, layer: nn.Module, hidden: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The second half of a layer."""
