@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 from formwright.bench.measure import disk, forward_call, latency, parameters
 from formwright.bench.records import Record, Records, check_same_run, environment, key, read_run, write_run
 from formwright.build import Spec, build
-from formwright.compress.modifier import Data
+from formwright.compress.fidelity import fidelity
+from formwright.compress.finetune import ensure_head
+from formwright.compress.modifier import Data, Kind
 from formwright.compress.pipeline import run as run_recipe
 from formwright.compress.recipe import Recipe
-from formwright.compress.structure import load
+from formwright.compress.structure import load, read_config
 from formwright.errors import FormwrightError, require
 from formwright.tasks.base import Metric, Task
+from formwright.tasks.support.own import read
 from formwright.training import evaluate
 
 Cost = Literal["latency", "size", "params"]
@@ -138,7 +142,7 @@ def compress(
     recipe: Recipe | Spec | Sequence[Spec] | str | Path | None = None,
     data: Data | Task | str | Path | None = None,
     *,
-    task: str = "text-classification",
+    task: Kind = "text-classification",
     out: str | Path,
     max_drop: float = 0.01,
     target: str | Target = "latency=0.5",
@@ -182,7 +186,7 @@ def compress(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise FormwrightError(f"{out} is a file: give --out a folder.")
-    bench = Bench.prepare(model, data, task=task, text=text, label=label, seed=seed, folder=out, say=say)
+    bench = Bench.prepare(model, data, kind=task, text=text, label=label, seed=seed, folder=out, say=say)
     settings = {
         "task": bench.data.task.name,
         "kind": bench.data.kind,
@@ -229,7 +233,7 @@ class Bench:
         model: PreTrainedModel | str | Path,
         data: Data | Task | str | Path | None,
         *,
-        task: str,
+        kind: Kind,
         text: str | None,
         label: str | None,
         seed: int,
@@ -237,41 +241,35 @@ class Bench:
         say: Told,
     ) -> "Bench":
         """Load the model, read the data, and fit a head where the model has none."""
-        from formwright.compress.finetune import ensure_head
-        from formwright.tasks.support.own import processor_of, read
-
         if isinstance(data, Data):
             if not isinstance(model, PreTrainedModel):
                 raise FormwrightError("With Data of your own, give the model itself, not its folder.")
             return Bench(model, data, name=type(model).__name__, folder=folder)
-        processor = None if isinstance(model, PreTrainedModel) else processor_of(model, kind=task)
+        name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+        processor = None if isinstance(model, PreTrainedModel) else processor_of(model, kind)
+        say("Reading the model and the data")
+        opened = model if isinstance(model, PreTrainedModel) else open_model(model)
         if isinstance(data, Task):
             rows = data
         elif processor is None:
             raise FormwrightError("Give the model's folder, so that its tokenizer is found, or data as a Task.")
         else:
-            rows = read(task, data, processor, text=text, label=label, seed=seed)
-        say("Reading the model")
+            classes = opened.config.id2label if has_head(opened) else None
+            rows = read(kind, data, processor, text=text, label=label, classes=classes, seed=seed)
         kept = folder / "original"
-        name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
         if (kept / "config.json").exists():
-            model = load(kept)
+            original = load(kept)
         else:
-            model = ensure_head(model, rows, kind=task, seed=seed, say=say)
+            original = ensure_head(opened, rows) if kind.endswith("classification") else opened
             draft = folder / "original.part"
             shutil.rmtree(draft, ignore_errors=True)
-            model.save_pretrained(draft)
+            original.save_pretrained(draft)
             if processor is not None:
                 processor.save_pretrained(draft)
             shutil.rmtree(kept, ignore_errors=True)
             draft.rename(kept)
-        return Bench(
-            model,
-            Data(task=rows, kind=task, seed=seed, settings=rows.defaults.settings),  # type: ignore[arg-type]
-            name=name,
-            folder=folder,
-            processor=processor,
-        )
+        held = Data(task=rows, kind=kind, seed=seed, settings=rows.defaults.settings)
+        return Bench(original, held, name=name, folder=folder, processor=processor)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -282,6 +280,8 @@ class Bench:
         }
 
     def measure(self, model: PreTrainedModel, split: Literal["validation", "test"]) -> float:
+        if self.data.kind == "sentence-embedding":
+            return fidelity(model, self.original, self.task, split)[self.metric.name]
         return evaluate(model, self.task, split, batch_size=32).metrics[self.metric.name]
 
     def drop(self, quality: float, original: float | None = None) -> float:
@@ -355,6 +355,45 @@ class Bench:
         recipe = Recipe(**record.config)
         model, _ = run_recipe(copy.deepcopy(self.original), recipe, self.data, folder=place)
         return model
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    return "ForSequenceClassification" in type(model).__name__ or "ForImageClassification" in type(model).__name__
+
+
+def open_model(name: str | Path) -> PreTrainedModel:
+    """A model from its folder, or from the hub when the name is one of its models.
+
+    Raises:
+        FormwrightError: neither, or a folder whose model cannot be read.
+    """
+    if Path(name).exists():
+        return load(name)
+    try:
+        architecture = (AutoConfig.from_pretrained(name).architectures or ["AutoModel"])[0]
+        return getattr(transformers, architecture, AutoModel).from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as wrong:
+        raise FormwrightError(
+            f"{name} is neither a folder nor a model that can be had from the hub: give the folder of a model."
+        ) from wrong
+
+
+def processor_of(model: str | Path, kind: Kind) -> Any:
+    """The tokenizer or image processor that was saved with a model.
+
+    Raises:
+        FormwrightError: there is none.
+    """
+    if Path(model).is_dir():
+        read_config(Path(model))  # what is no model at all is told as such
+    images = kind == "image-classification"
+    try:
+        return AutoImageProcessor.from_pretrained(model) if images else AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, ImportError) as wrong:
+        what = "image processor" if images else "tokenizer"
+        raise FormwrightError(
+            f"{model} holds no {what}: save the model's own beside it with save_pretrained."
+        ) from wrong
 
 
 def _weights(model: PreTrainedModel) -> Iterable[Tensor]:

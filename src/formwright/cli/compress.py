@@ -56,7 +56,7 @@ def compress(
             model,
             recipe,
             data,
-            task=task.value,
+            task=task.value,  # type: ignore[arg-type]
             out=out,
             max_drop=max_drop,
             target=target,

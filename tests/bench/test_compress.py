@@ -1,0 +1,167 @@
+"""`formwright compress` from end to end on a tiny model: a recipe, a search, its resumption, and every bad input."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import formwright
+from formwright.bench import compress as bench
+from formwright.bench.compress import Budget, Target, compress
+from formwright.bench.records import Record, Records
+from formwright.cli import app
+from formwright.errors import FormwrightError
+
+WORDS = ["good", "bad", "film", "the", "a", "was", "plot", "actor", "very", "dull", "fine", "great"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny encoder with its tokenizer."""
+    place = tmp_path_factory.mktemp("model")
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(place)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=32, **sizes)).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Texts that are good or bad by one word."""
+    draw = random.Random(0)
+    lines = ["text,label"]
+    for i in range(400):
+        kind = i % 2
+        rest = draw.choices(WORDS[2:], k=draw.randint(4, 12))
+        rest.insert(draw.randint(0, len(rest)), "good" if kind else "bad")
+        lines.append(f"{' '.join(rest)},{'yes' if kind else 'no'}")
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_recipe_makes_a_model_that_loads(tmp_path, folder, rows) -> None:
+    result = compress(folder, ["prune(structure=neuron, amount=0.5)"], rows, out=tmp_path, max_drop=0.9)
+    assert result.recipe is not None
+    model = formwright.load(result.folder)
+    assert model.bert.encoder.layer[0].intermediate.dense.out_features == 16
+    ids = torch.tensor([[4, 5, 6]])
+    assert torch.equal(model(ids).logits, result.model(ids).logits)
+    page = result.report.read_text()
+    assert "prune" in page
+    assert (result.folder / "recipe.yaml").exists()
+    assert (result.folder / "tokenizer.json").exists()
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch, folder, rows) -> None:
+    monkeypatch.setattr(
+        bench, "GROUPS", {"width": ("prune(structure=neuron, amount=0.5)", "prune(structure=head, amount=0.5)")}
+    )
+    compress(folder, None, rows, out=tmp_path, max_drop=0.9, target="params=0.9", budget="1")
+    first = len(Records(tmp_path))
+    said: list[str] = []
+    result = compress(folder, None, rows, out=tmp_path, max_drop=0.9, target="params=0.9", budget="2", told=said.append)
+    assert (first, len(Records(tmp_path))) == (1, 2)
+    assert sum(one.startswith("Trial") for one in said) == 1
+    assert result.recipe is not None
+    assert len(list((tmp_path / "trials").iterdir())) <= 3
+
+
+def record(name: str, drop: float, latency: float, status: str = "done") -> Record:
+    extra = {"latency": latency, "size": 0.5, "params": 0.5}
+    return Record(
+        key=name, task="t", candidate={"recipe": name}, config={}, seed=0, status=status,
+        metrics={"drop": drop}, extra=extra,
+    )  # fmt: skip
+
+
+def test_the_choice_is_the_cheapest_within_the_loss() -> None:
+    held = [
+        record("fast-and-bad", 0.05, 0.1),
+        record("good", 0.005, 0.4),
+        record("better-and-slower", -0.01, 0.6),
+        record("slower-than-before", 0.0, 1.2),
+        record("broken", 0.0, 0.1, "unsupported"),
+    ]
+    assert bench.choose(held, Target(), 0.01).key == "good"
+    assert bench.choose(held[3:], Target(), 0.01) is None
+    assert [one.key for one in bench.ranking(held, Target(), 0.01)] == ["good", "better-and-slower"]
+
+
+@pytest.mark.parametrize("text", ["latency", "speed=0.5", "latency=fast", "latency=0", "latency=1.5"])
+def test_a_target_that_makes_no_sense(text: str) -> None:
+    with pytest.raises(FormwrightError, match="--target"):
+        Target.read(text)
+
+
+def test_budgets() -> None:
+    assert Budget.read("30m").seconds == 1800
+    assert Budget.read("12").trials == 12
+    for text in ("", "0", "soon", "3 days"):
+        with pytest.raises(FormwrightError, match="--budget"):
+            Budget.read(text)
+
+
+def run(*given: object) -> tuple[int, str]:
+    ran = CliRunner().invoke(app, [str(one) for one in given])
+    return ran.exit_code, ran.output
+
+
+def test_the_command_prints_json(tmp_path, folder, rows) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{prune: {structure: neuron, amount: 0.25}}]")
+    out = tmp_path / "run"
+    code, said = run(
+        "compress", folder, "--data", rows, "--recipe", recipe, "--max-drop", 0.9, "--target", "size=0.99", "--json",
+        "--out", out,
+    )  # fmt: skip
+    assert code == 0, said
+    found = json.loads(said[said.index("{") :])
+    assert found["met"] is True
+    assert Path(found["folder"]).exists()
+    assert run("report", out)[0] == 0
+
+
+def bad_inputs(folder: Path, rows: Path, place: Path) -> dict[str, list[object]]:
+    one = place / "one.csv"
+    one.write_text("text,label\n" + "\n".join(f"good film {i},yes" for i in range(50)))
+    other = place / "broken.yaml"
+    other.write_text("steps: [")
+    half = place / "half"
+    half.mkdir()
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        (half / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    return {
+        "no model": [place / "absent", "--data", rows],
+        "no model in it": [rows.parent, "--data", rows],
+        "cut in half": [half, "--data", rows],
+        "no such data": [folder, "--data", place / "absent.csv"],
+        "one class": [folder, "--data", one],
+        "column": [folder, "--data", rows, "--text", "nothing"],
+        "target": [folder, "--data", rows, "--target", "latency=0.001"],
+        "recipe": [folder, "--data", rows, "--recipe", other],
+        "method": [folder, "--data", rows, "--recipe", place / "none.yaml"],
+        "drop": [folder, "--data", rows, "--max-drop", "7"],
+    }
+
+
+BAD = ("no model", "no model in it", "cut in half", "no such data", "one class", "column", "target", "recipe", "method")
+
+
+@pytest.mark.parametrize("name", [*BAD, "drop"])
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, folder, rows, name: str) -> None:
+    code, said = run("compress", *bad_inputs(folder, rows, tmp_path)[name], "--out", tmp_path / "run")
+    last = said.strip().splitlines()[-1]
+    assert code == 2, said
+    assert last.startswith("Error: ")
+    assert "Traceback" not in said
