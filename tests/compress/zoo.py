@@ -82,3 +82,7 @@ def outputs(model: nn.Module, family: str) -> torch.Tensor:
 
 def parameters(model: nn.Module, *paths: str | None) -> int:
     return sum(one.numel() for path in paths if path for one in model.get_submodule(path).parameters())
+
+
+def has(model: nn.Module, path: str) -> bool:
+    return path in dict(model.named_modules())

@@ -53,8 +53,8 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """down(act(up(x))), or down(act(gate(x)) * up(x)). Gate and up are one projection where both paths are the same: its
-    first half is the gate.
+    """down(act(up(x))), or down(act(gate(x)) * up(x)). Gate and up of one path are one projection, whose first half
+    is the gate.
     """
 
     up: str
@@ -82,7 +82,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Layers that run one after the other; `path` leads to their ModuleList, `count` names their number in the config."""
+    """Layers that run one after the other. `path` leads to their ModuleList, `count` names its length in the config."""
 
     path: str
     causal: bool
@@ -311,13 +311,13 @@ def _layer(
 
 
 def _attention(model: PreTrainedModel, layer: str, described: AttentionDescription, stack: str) -> Attention | None:
-    found = {
-        name: _part(model, layer, getattr(described, name))
-        for name in ("module", "query", "key", "value", "fused", "output")
-        if getattr(described, name) is not None
-    }
-    if None in found.values():
-        return None
+    found: dict[str, str] = {}
+    for name in ("module", "query", "key", "value", "fused", "output"):
+        if getattr(described, name) is not None:
+            lies = _part(model, layer, getattr(described, name))
+            if lies is None:
+                return None
+            found[name] = lies
     path = found["module"]
     head_dim = getattr(model.get_submodule(path), described.head_dim)
     if described.fused is None:

@@ -25,7 +25,6 @@ from formwright.compress.anatomy import Anatomy, Attention, Layer, Stack, descri
 from formwright.compress.structure import Rebuilt, adopt, replace
 from formwright.errors import FormwrightError
 
-
 # What stands where something was taken out
 
 
@@ -38,9 +37,9 @@ class Identity(Rebuilt):
         return {}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None) -> "Identity":
+    def rebuild(cls, old: nn.Module | None, **structure: Any) -> "Identity":
         del old
-        return cls()
+        return cls(**structure)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
@@ -99,24 +98,24 @@ class BiasedHeads(Rebuilt):
     @staticmethod
     def of(old: nn.Module, kept: list[int]) -> "BiasedHeads":
         """The attention with these of its heads."""
-        return _biased(type(old))(old, kept)
+        return _biased(type(old))(old, kept)  # type: ignore[arg-type]
 
     def structure(self) -> dict[str, Any]:
         numbers = {name: value for name, value in vars(self).items() if type(value) is int and name[0] != "_"}
         return {"kept": self.kept, "attributes": numbers}
 
     @classmethod
-    def rebuild(cls, old: nn.Module | None, *, kept: list[int], attributes: dict[str, int]) -> "BiasedHeads":
+    def rebuild(cls, old: nn.Module | None, **structure: Any) -> "BiasedHeads":
         if old is None:
             raise FormwrightError("The saved model has a cut attention where a fresh one has none: save it again.")
-        made = cls.of(old, kept)
-        vars(made).update(attributes)
+        made = cls.of(old, structure["kept"])
+        vars(made).update(structure["attributes"])
         return made
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None, **given: Any
     ) -> tuple[Tensor | None, ...]:
-        attend = super().forward  # type: ignore[misc]
+        attend = super().forward
         if position_bias is not None:
             out = attend(hidden_states, mask, position_bias=position_bias[:, self.kept], **given)
         else:  # T5's first layer makes the bias for all: here for its own heads, below for the other layers
@@ -276,8 +275,8 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> None:
 def _remove_repeats(model: PreTrainedModel, anatomy: Anatomy, count: int) -> None:
     if len(anatomy.layers) > 1:
         raise FormwrightError(
-            f"The {anatomy.family} has {len(anatomy.layers)} shared layers that take turns: remove heads and neurons of "
-            "them, repeats only where there is one."
+            f"The {anatomy.family} has {len(anatomy.layers)} shared layers that take turns, and none of their repeats "
+            "can go alone: remove heads and neurons instead."
         )
     if count >= anatomy.layers[0].repeats:
         raise FormwrightError("All repeats of the shared layer would be gone: leave at least one.")
@@ -362,7 +361,7 @@ def _keep(
     """Leave these outputs or inputs of a projection; nothing where there is none."""
     if path is None:
         return
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     transposed = isinstance(module, Conv1D)  # its weight is (inputs, outputs)
     kept = out if out is not None else into
     index = torch.tensor(kept, device=module.weight.device)
@@ -415,7 +414,7 @@ def _within(given: Iterable[int], total: int, what: str) -> set[int]:
 def _check_bias(layer: Layer, done: str) -> None:
     if layer.attention is not None and (layer.attention.bias or "").startswith(f"{layer.path}."):
         raise FormwrightError(
-            f"Layer {layer.index} makes the position bias of all layers of its stack and cannot be {done}: leave it out."
+            f"Layer {layer.index} makes the position bias for its whole stack and cannot be {done}: leave it out."
         )
 
 
