@@ -237,13 +237,15 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> None:
 
     Raises:
         FormwrightError: no such layer, the last one of a stack, a layer the others depend on (T5's first), or a head
-            that weighs the outputs of all layers.
+            that reads the outputs of all layers.
     """
     anatomy = describe(model)
     total = sum(layer.repeats for layer in anatomy.layers)
     gone = _numbers(layers, total, "layers")
     if not gone:
         return
+    if hasattr(model, "out_features"):
+        raise FormwrightError("A backbone gives the outputs of its layers by their number: no layer can be removed.")
     if hasattr(model, "layer_weights"):
         raise FormwrightError("The head weighs the outputs of all layers (layer_weights): no layer can be removed.")
     if anatomy.shared:
@@ -262,14 +264,23 @@ def remove_layers(model: PreTrainedModel, layers: Iterable[int]) -> None:
             continue
         modules = model.get_submodule(stack.path)
         model.set_submodule(stack.path, nn.ModuleList([modules[i] for i in kept]))  # type: ignore[index]
-        types = getattr(model.config, "layer_types", None)
-        setattr(model.config, stack.count, len(kept))
-        if types is not None:
-            model.config.layer_types = [types[i] for i in kept]
-        own = getattr(model.get_submodule(stack.path.rpartition(".")[0]), "config", model.config)
-        if own is not model.config:  # T5's stacks have configs of their own, which size the cache
-            own.num_hidden_layers = len(kept)
+        _cut_config(model, stack, kept)
     _renumber(model)
+
+
+def _cut_config(model: PreTrainedModel, stack: Stack, kept: list[int]) -> None:
+    """Let the config say how many layers there are, and of which kind."""
+    config: Any = model.config
+    types = getattr(config, "layer_types", None)
+    setattr(config, stack.count, len(kept))
+    if types is not None:
+        config.layer_types = [types[i] for i in kept]
+    if getattr(config, "stage_names", None) is not None:  # DINOv2 names its layers, and what it gives as a backbone
+        config.stage_names = config.stage_names[: len(kept) + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
+    own: Any = getattr(model.get_submodule(stack.path.rpartition(".")[0]), "config", config)
+    if own is not config:  # T5's stacks have configs of their own, which size the cache
+        own.num_hidden_layers = len(kept)
 
 
 def _remove_repeats(model: PreTrainedModel, anatomy: Anatomy, count: int) -> None:
