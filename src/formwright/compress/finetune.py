@@ -167,6 +167,9 @@ HEADS = {
 }
 
 
+HEAD = Settings(steps=300, batch_size=16, learning_rate=5e-5, warmup=0.1, weight_decay=0.01)
+
+
 def with_head(model: PreTrainedModel, labels: Sequence[str], head: str = "sequence-classification") -> PreTrainedModel:
     """A classifier of these labels on the encoder's weights; the head is drawn anew. The given model stays as it is.
 
@@ -195,7 +198,14 @@ def with_head(model: PreTrainedModel, labels: Sequence[str], head: str = "sequen
     lost = [name for name in report.missing_keys if not name.startswith("pooler")]  # a pooler belongs to the head
     if lost:
         raise FormwrightError(f"{type(model).__name__} lacks the weight {lost[0]} that a classifier needs.")
-    return made.to(model.device)
+    return made.to(model.device).train(model.training)
+
+
+def is_classifier(model: PreTrainedModel, head: str) -> bool:
+    """Whether the model has this head already."""
+    known = HEADS[head]._model_mapping
+    # a changed model's config is a subclass of its family's
+    return any(isinstance(model, known[config]) for config in type(model.config).__mro__ if config in known)
 
 
 def ensure_head(
@@ -215,18 +225,17 @@ def ensure_head(
     if task.head not in HEADS:
         return model
     names = list(task.model_config["id2label"].values())
-    auto = HEADS[task.head]
-    if type(model.config) in auto._model_mapping and isinstance(model, auto._model_mapping[type(model.config)]):
+    if is_classifier(model, task.head):
         if model.config.num_labels != len(names):
             raise FormwrightError(
                 f"The model tells {model.config.num_labels} classes apart and {task.name} has {len(names)}: choose a "
                 "model of these classes, or its encoder without the head."
             )
         return model
-    settings = settings or Settings(steps=300, batch_size=16, learning_rate=5e-5, warmup=0.1, weight_decay=0.01)
+    settings = settings or replace(HEAD, batch_size=min(HEAD.batch_size, len(task.train)))  # type: ignore[arg-type]
     seeded(settings.seed)
     made = with_head(model, names, task.head)
-    if made.config.pad_token_id is None and task.tokenizer is not None:
+    if task.tokenizer is not None and getattr(made.config, "pad_token_id", None) is None:
         made.config.pad_token_id = task.tokenizer.pad_token_id  # a decoder finds its last token by it
     trainable(made, "A new head")
     fit(made, task, settings)
