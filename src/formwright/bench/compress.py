@@ -254,7 +254,7 @@ class Bench:
         elif processor is None:
             raise FormwrightError("Give the model's folder, so that its tokenizer is found, or data as a Task.")
         else:
-            classes = opened.config.id2label if has_head(opened) else None
+            classes = {int(i): n for i, n in (opened.config.id2label or {}).items()} if has_head(opened) else None
             rows = read(kind, data, processor, text=text, label=label, classes=classes, seed=seed)
         kept = folder / "original"
         if (kept / "config.json").exists():

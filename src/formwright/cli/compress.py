@@ -56,7 +56,7 @@ def compress(
             model,
             recipe,
             data,
-            task=task.value,  # type: ignore[arg-type]
+            task=task.value,
             out=out,
             max_drop=max_drop,
             target=target,
