@@ -162,12 +162,19 @@ class AttentionDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardDescription:
-    """Paths from the layer; `counts` lead to attributes that hold the width."""
+    """Paths from the layer.
+
+    Args:
+        activation: the attribute of the config that names it.
+        gated: the activation where there is a gate, if the config does not say.
+        counts: attributes that hold the width.
+    """
 
     up: str
     gate: str | None = None
     down: str
-    activation: str  # the attribute of the config that names it
+    activation: str
+    gated: str | None = None
     counts: tuple[str, ...] = ()
     norm: str | None
 
@@ -346,11 +353,13 @@ def _feedforward(model: PreTrainedModel, layer: str, described: FeedForwardDescr
     up, down = _part(model, layer, described.up), _part(model, layer, described.down)
     if up is None or down is None:
         return None
+    gate = _path(model, layer, described.gate)
+    named = described.gated if gate is not None else None
     return FeedForward(
         up=up,
-        gate=_path(model, layer, described.gate),
+        gate=gate,
         down=down,
-        activation=str(getattr(model.config, described.activation)),
+        activation=named or str(getattr(model.config, described.activation)),
         width=widths(model, down)[0],
         counts=tuple(f"{layer}.{one}" for one in described.counts),
         norm=_path(model, layer, described.norm),
@@ -664,6 +673,7 @@ for _name, _family in {
                     gate="mlp.gate_proj",
                     down="mlp.fc2|mlp.down_proj",
                     activation="hidden_act",
+                    gated="silu",
                     norm="norm2",
                 ),
                 norm_first=True,

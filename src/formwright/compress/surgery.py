@@ -109,7 +109,10 @@ class BiasedHeads(Rebuilt):
         if old is None:
             raise FormwrightError("The saved model has a cut attention where a fresh one has none: save it again.")
         made = cls.of(old, structure["kept"])
-        vars(made).update(structure["attributes"])
+        for name, value in structure["attributes"].items():
+            if name not in made.structure()["attributes"] or type(value) is not int:
+                raise FormwrightError(f"The saved model sets {name} of an attention, which has no such number.")
+            setattr(made, name, value)
         return made
 
     def forward(
