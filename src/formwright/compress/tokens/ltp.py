@@ -265,12 +265,8 @@ class LTP(Modifier):
             )
         if variant not in get_args(Variant):
             raise FormwrightError(f"variant is {variant!r}, but it must be paper or release.")
-        self.penalty, self.final_threshold, self.temperature, self.variant = (
-            penalty,
-            final_threshold,
-            temperature,
-            variant,
-        )
+        self.penalty, self.final_threshold = penalty, final_threshold
+        self.temperature, self.variant = temperature, variant
         own = {"learning_rate": learning_rate, "batch_size": batch_size}
         self.settings = {name: value for name, value in own.items() if value is not None}
         self.steps = {"soft": soft_steps, "hard": hard_steps}
@@ -294,10 +290,11 @@ class LTP(Modifier):
     def finetune(self, model: PreTrainedModel, data: Data) -> None:
         executor = model.executor
         settings = replace(data.settings, **self.settings)
+        soft, hard = (settings.steps if one is None else one for one in (self.steps["soft"], self.steps["hard"]))
         executor.penalty = self.penalty
         try:
-            fit(model, data.task, replace(settings, steps=self.steps["soft"] or settings.steps, weight_decay=0.0))
+            fit(model, data.task, replace(settings, steps=soft, weight_decay=0.0))
         finally:
             executor.penalty = None
             executor.delta.requires_grad_(False)
-        fit(model, data.task, replace(settings, steps=self.steps["hard"] or settings.steps))
+        fit(model, data.task, replace(settings, steps=hard))
