@@ -1,7 +1,10 @@
 """Fine-tuning as a step, and the head an encoder is given."""
 
+import copy
+
 import pytest
 import torch
+from torch.nn.utils import prune
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -83,6 +86,22 @@ def test_what_was_pruned_stays_zero_and_the_rest_is_trained():
     assert (pruned[~zero] != kept[~zero]).any()
     assert (whole != before).all()
     assert model.bert.encoder.layer[1].output.dense.weight.any()
+
+
+@pytest.mark.reference
+def test_zeros_are_kept_as_by_the_masks_of_torchs_pruning():
+    model = bert(BertForSequenceClassification, num_labels=3)
+    masked = copy.deepcopy(model)
+    mask = (torch.rand(32, 16) < 0.5).float()
+    ours, theirs = (one.bert.encoder.layer[0].intermediate.dense for one in (model, masked))
+    with torch.no_grad():
+        ours.weight *= mask
+    prune.custom_from_mask(theirs, "weight", mask)
+    for one in (model, masked):
+        build("modifier", "finetune(steps=5)").finetune(one, data())
+    prune.remove(theirs, "weight")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(masked.state_dict()[name], value, msg=name)
 
 
 def test_the_hooks_are_gone_afterwards():
