@@ -136,8 +136,9 @@ class Pair(nn.Module):
         self.others = (teacher.to(device).eval(),)  # in a tuple it is no part of this module: never trained, no dropout
         for model in (student, teacher):
             records_states(model)
+        ours = self.read(student.train(), example)  # as in training: an executor leaves that to the model itself
         with torch.no_grad():
-            ours, theirs = self.read(student.eval(), example), self.read(teacher, example)
+            theirs = self.read(teacher, example)
         self.projections = nn.ModuleList()
         if kind != "sentence-embedding" and alpha < 1 and not takes_labels(student):
             raise FormwrightError(f"{type(student).__name__} computes no loss from labels: use distill(alpha=1).")

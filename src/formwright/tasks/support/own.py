@@ -278,7 +278,8 @@ def language(found: Found, tokenizer: Any, length: int, shares: Shares) -> Task:
         if part not in whole:  # from the end: neighbours in a text know each other
             given = share if part == "test" or "test" in found.parts else share / (1 - shares.test)
             place = int(len(whole["train"]) * (1 - given))
-            place = whole["train"].rfind("\n", place - place // 20, place) + 1 or place  # at the end of a line, if one is near
+            # at the end of a line, if one is near
+            place = whole["train"].rfind("\n", place - place // 20, place) + 1 or place
             whole["train"], whole[part] = whole["train"][:place], whole["train"][place:]
     sets = {}
     for part in ("train", "validation", "test"):
