@@ -11,8 +11,6 @@ from formwright.bench import measure
 from formwright.compress import structure
 from formwright.compress.anatomy import describe
 from formwright.compress.surgery import (
-    BiasedHeads,
-    SkippedAttention,
     remove_heads,
     remove_layers,
     remove_neurons,
@@ -228,32 +226,7 @@ def test_an_encoder_decoder_generates_too(family, cut):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def kinds(monkeypatch):
-    """The modules of surgery under their kinds."""
-    from formwright.compress import surgery
-
-    found = {one.kind: one for one in (surgery.Identity, SkippedAttention, BiasedHeads)}
-    find, resolve = structure.catalog.find, structure.catalog.resolve
-
-    class Known:
-        def __init__(self, name):
-            self.target = found[name]
-
-    monkeypatch.setattr(
-        structure.catalog, "find", lambda slot, name: Known(name) if name in found else find(slot, name)
-    )
-    monkeypatch.setattr(structure.catalog, "resolve", lambda to: to if isinstance(to, type) else resolve(to))
-
-
-PARAMETRIZED = pytest.mark.xfail(
-    raises=FormwrightError, reason="saving takes a parametrized convolution, whose class torch makes anew, for a change"
-)
-SAVED = [pytest.param(one, marks=PARAMETRIZED) if one == "wav2vec2" else one for one in zoo.MODELS]
-
-
-@pytest.mark.usefixtures("kinds")
-@pytest.mark.parametrize("family", SAVED)
+@pytest.mark.parametrize("family", zoo.MODELS)
 def test_a_cut_model_comes_back_from_its_folder(family, tmp_path):
     model = zoo.build(family)
     count = len(describe(model).layers)

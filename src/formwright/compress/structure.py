@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -267,7 +268,7 @@ def _differences(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Any], di
     ours = dict(model.named_modules())
     for path, module in ours.items():
         other = theirs.get(path)
-        if other is None or (type(other) is not type(module) and path):
+        if other is None or (_type(other) != _type(module) and path):
             was = "nothing" if other is None else type(other).__name__
             raise FormwrightError(
                 f"{path} is a {type(module).__name__} where a fresh model has {was}: this change cannot be saved; "
@@ -285,6 +286,11 @@ def _differences(model: nn.Module, fresh: nn.Module) -> tuple[dict[str, Any], di
     if gone:
         raise FormwrightError(f"{gone[0]} is missing from the model: this change cannot be saved.")
     return shapes, attributes
+
+
+def _type(module: nn.Module) -> object:
+    """What a module is; torch makes a class of its own for each that is parametrized, as by a weight norm."""
+    return type(module).__bases__ if is_parametrized(module) else type(module)
 
 
 def _tensors(module: nn.Module) -> dict[str, list[int] | None]:
