@@ -320,3 +320,10 @@ def test_the_executor_holds_what_it_says():
     again = EarlyExit.rebuild(None, **model.executor.structure())
     again.load_state_dict(model.executor.state_dict())
     assert again.structure() == model.executor.structure()
+
+
+def test_layers_removed_afterwards_are_an_error_and_no_wrong_ramp():
+    model = ramped()
+    del model.bert.encoder.layer[1]
+    with pytest.raises(FormwrightError, match="before deebert"):
+        model(**rows())

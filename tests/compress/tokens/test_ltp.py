@@ -298,3 +298,10 @@ def test_removing_tokens_equals_masking_them(final):
     assert torch.equal(output.lengths, lengths)
     torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-5)
     assert all((after <= before).all() for before, after in itertools.pairwise(sets))
+
+
+def test_layers_removed_afterwards_are_an_error_and_no_wrong_threshold():
+    model = pruning()
+    del model.bert.encoder.layer[1]
+    with pytest.raises(FormwrightError, match="before ltp"):
+        model(**rows())

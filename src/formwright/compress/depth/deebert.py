@@ -105,6 +105,11 @@ class EarlyExit(Executor):
 
     def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         whole = classifier(model, "DeeBERT")
+        if len(whole.layers) != len(self.ramps) + 1:
+            raise FormwrightError(
+                f"The model has {len(whole.layers)} layers and ramps for {len(self.ramps) + 1}: remove layers before "
+                "deebert and not after it."
+            )
         inputs = whole.inputs(*args, **kwargs)
         if inputs is None or (model.training and self.learning is None):
             return forward(*args, **kwargs)

@@ -125,6 +125,11 @@ class TokenPruning(Executor):
 
     def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         whole = classifier(model, "LTP")
+        if len(whole.layers) != len(self.delta):
+            raise FormwrightError(
+                f"The model has {len(whole.layers)} layers and thresholds for {len(self.delta)}: remove layers before "
+                "ltp and not after it."
+            )
         inputs = whole.inputs(*args, **kwargs)
         if inputs is None:
             return forward(*args, **kwargs)
