@@ -190,3 +190,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormwrightError):
         load(tmp_path)
+
+
+def test_an_adopted_encoder_still_gives_its_hidden_states() -> None:
+    model = adopt(bert().bert)
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == 4

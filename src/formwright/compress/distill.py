@@ -26,7 +26,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from formwright.compress.fidelity import mean_pooled
 from formwright.compress.finetune import Budget, takes_labels, trainable, zeros_kept
@@ -134,8 +133,6 @@ class Pair(nn.Module):
         self.kind, self.temperature, self.alpha, self.hidden = kind, temperature, alpha, hidden
         device = next(student.parameters()).device
         self.others = (teacher.to(device).eval(),)  # in a tuple it is no part of this module: never trained, no dropout
-        for model in (student, teacher):
-            records_states(model)
         ours = self.read(student.train(), example)  # as in training: an executor leaves that to the model itself
         with torch.no_grad():
             theirs = self.read(teacher, example)
@@ -189,13 +186,6 @@ class Pair(nn.Module):
     def apart(self, ours: Float[Tensor, "b n d"], theirs: Float[Tensor, "b n e"], mask: Tensor) -> Float[Tensor, ""]:
         ours = self.projections[-1](mean_pooled(ours, mask))
         return 1 - F.cosine_similarity(ours, mean_pooled(theirs, mask)).mean()
-
-
-def records_states(model: nn.Module) -> None:
-    """Let a model give its hidden states: transformers keeps a list of the classes that do, by name, and writes a class
-    into it when one is built, not when a model changes its class in place."""
-    if isinstance(model, PreTrainedModel):
-        _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def matched(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:

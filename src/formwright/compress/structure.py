@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from formwright import catalog
 from formwright.errors import FormwrightError
@@ -115,6 +116,7 @@ def adopt(model: nn.Module) -> PreTrainedModel:
     built_from = _plain(model.config)
     model.__class__ = adopted(type(model))
     model.config.__class__ = adopted_config(type(model.config))
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs  # by class name, and written when a model is built
     model.config.compression = {"version": VERSION, "built_from": built_from, "recipe": []}
     _stamp(model)
     return model
