@@ -9,8 +9,8 @@ Here   A BERT of four layers and width 64, trained in place on film reviews (imd
        Penalty and soft steps were set on seed 0 so that about half of the operations are left.
 Fair   All three go on from the same trained model with the same number of further steps, rows and rate. `top-k` keeps
        the best-scored share of each text's own length, falling linearly over the layers, and is trained under its hard
-       rule throughout; its final share is the one that spends what LTP spent on texts set aside, or the least it can,
-       which is more. The release's rule, whose first three layers keep all, could not halve four layers.
+       rule throughout; its final share is the one that spends what LTP spent on texts set aside. The release's rule,
+       whose first three layers keep all, could not halve four layers.
 Rule   drop = accuracy of the whole model less that of the pruned one; flops = share of the layers' operations.
        holds                mean flops at most 0.5 and mean drop at most 0.01, and mean accuracy at least top-k's
        holds in direction   mean flops at most 0.7 and mean drop at most 0.02, or mean accuracy at least top-k's at
@@ -59,12 +59,13 @@ RATE, PENALTY, FINAL = 1e-3, 0.015, 0.01
 
 
 class TopK(TokenPruning):
-    """The baseline: a share of the text's own tokens, falling linearly from 1 before the first layer to `final`."""
+    """The baseline: a share of the text's own tokens, falling linearly from 1 before the first layer to `final` after
+    the last; below 0 the first token alone is left."""
 
     final: float = 1.0
 
     def share(self, number: int) -> float:
-        return 1 - (1 - self.final) * (number + 1) / len(self.delta)
+        return max(0.0, 1 - (1 - self.final) * (number + 1) / len(self.delta))
 
     def keep(
         self, number: int, scores: Float[Tensor, "b n"], live: Bool[Tensor, "b n"], lengths: Int[Tensor, " b"]
@@ -128,7 +129,7 @@ def texts(task: Task, split: str, count: int) -> Iterator[dict[str, Tensor]]:
 
 
 def matched(model: BertForSequenceClassification, top: TopK, lengths: Tensor, spent: float) -> float:
-    """The final share with which top-k spends what LTP spent; 0 where it cannot spend so little."""
+    """The final share with which top-k spends what LTP spent."""
     whole = classifier(model, "top-k")
 
     def spends(final: float) -> float:
@@ -138,7 +139,7 @@ def matched(model: BertForSequenceClassification, top: TopK, lengths: Tensor, sp
         used = sum(flops(whole, layer, kept[i], kept[i + 1]) for i, layer in enumerate(whole.layers))
         return used / sum(flops(whole, layer, lengths, lengths) for layer in whole.layers)
 
-    low, high = 0.0, 1.0
+    low, high = 1.0 - len(top.delta), 1.0  # from the first token alone to all
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (low, middle) if spends(middle) > spent else (middle, high)
