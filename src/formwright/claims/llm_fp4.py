@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from formwright import tasks
 from formwright.claims import Outcome, Scale, Verdict
 from formwright.compress.modifier import Data
 from formwright.compress.pipeline import apply
-from formwright.compress.quantize.llm_fp4 import LLMFP4
+from formwright.compress.quantize.llm_fp4 import LLMFP4, Method
 from formwright.tasks.base import Task
 from formwright.training import Settings, evaluate, fit, seeded
 
@@ -32,8 +33,16 @@ STEPS = {"smoke": 3, "full": 500}
 LAYERS = {"smoke": 1, "full": 4}
 WIDTH = {"smoke": 32, "full": 128}
 TASK = {"smoke": "char-lm(length=64, test=0.005)", "full": "char-lm(length=64, test=0.05)"}
-SEARCH = {"smoke": {"candidates": 3, "rounds": 1, "tokens": 64}, "full": {"candidates": 40, "rounds": 2, "tokens": 512}}
-METHODS = {"fpq": "fpq", "fpq baseline": "fpq-baseline", "minmax fp": "minmax-fp", "minmax int": "minmax-int"}
+SEARCH: dict[Scale, dict[str, Any]] = {
+    "smoke": {"candidates": 3, "rounds": 1, "tokens": 64},
+    "full": {"candidates": 40, "rounds": 2, "tokens": 512},
+}
+METHODS: dict[str, Method] = {
+    "fpq": "fpq",
+    "fpq baseline": "fpq-baseline",
+    "minmax fp": "minmax-fp",
+    "minmax int": "minmax-int",
+}
 FACTOR, SHARE = 16.0, 0.05
 NEAR = 1.2
 SEEDS = (0, 1, 2)
@@ -81,7 +90,8 @@ def trained(task: Task, scale: Scale, seed: int) -> LlamaForCausalLM:
 @torch.no_grad()
 def spread(model: LlamaForCausalLM, data: Data, seed: int) -> None:
     """Channels as far apart as those of a large model, without a change of any output: powers of two, and exact."""
-    readers: dict[nn.Module, list[nn.Linear]] = {}
+    readers: dict[Any, list[nn.Linear]] = {}
+    layer: Any
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         readers[layer.input_layernorm] = [attention.q_proj, attention.k_proj, attention.v_proj]

@@ -10,11 +10,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -55,6 +58,15 @@ def llama() -> LlamaForCausalLM:
 def bert() -> BertForSequenceClassification:
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     return BertForSequenceClassification(BertConfig(vocab_size=20, num_attention_heads=2, **sizes))
+
+
+def masked() -> BertForMaskedLM:
+    """Ties a bias beside the table."""
+    return BertForMaskedLM(bert().config)
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=20, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2))
 
 
 def vit() -> ViTForImageClassification:
@@ -204,7 +216,10 @@ def test_a_folded_module_multiplies_numbers_of_four_bits_alone() -> None:
     assert torch.equal(module(found.x), nn.functional.linear(x, module.weight, module.bias))
 
 
-@pytest.mark.parametrize(("family", "kind"), [(gpt2, "causal-lm"), (llama, "causal-lm"), (bert, "text-classification")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(gpt2, "causal-lm"), (llama, "causal-lm"), (bert, "text-classification"), (masked, "causal-lm")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_saves_and_comes_back_exactly(tmp_path, family, kind, dtype) -> None:
     model = made(family).to(dtype)
@@ -232,6 +247,15 @@ def test_a_tied_output_layer_keeps_full_precision() -> None:
     pipeline.apply(model, quick(), data())
     assert torch.equal(model.lm_head.weight, before)
     assert not torch.equal(model.transformer.wte.weight, before)
+
+
+def test_a_table_that_two_modules_read_stays(tmp_path) -> None:
+    model = made(t5)
+    pipeline.apply(model, quick(), data())
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    model.save_pretrained(tmp_path)
+    back = formwright.load(tmp_path).eval()
+    assert torch.equal(back(IDS).last_hidden_state, model(IDS).last_hidden_state)
 
 
 def test_images_have_no_table() -> None:

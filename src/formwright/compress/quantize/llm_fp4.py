@@ -215,6 +215,11 @@ class FP4Linear(Rebuilt):
     """
 
     kind: ClassVar[str] = "fp4-linear"
+    codes: Tensor
+    weight_bias: Tensor
+    input_bias: Tensor
+    shift: Tensor
+    one: Tensor
 
     def __init__(
         self,
@@ -251,7 +256,7 @@ class FP4Linear(Rebuilt):
         return cls(**structure)
 
     @classmethod
-    def of(cls, old: nn.Module, found: Searcher, *, fold: bool) -> "FP4Linear":
+    def of(cls, old: nn.Linear | Conv1D, found: Searcher, *, fold: bool) -> "FP4Linear":
         """A Linear or Conv1D with what was searched for it."""
         outputs, inputs = found.weight.shape
         shift = found.shift(found.inputs.form, found.inputs.bias)
@@ -297,6 +302,9 @@ class FP4Embedding(Rebuilt):
     """A table of embeddings as codes, one bias for all."""
 
     kind: ClassVar[str] = "fp4-embedding"
+    codes: Tensor
+    table_bias: Tensor
+    one: Tensor
 
     def __init__(self, *, rows: int, width: int, form: Sequence[int]) -> None:
         super().__init__()
@@ -393,13 +401,19 @@ class LLMFP4(Modifier):
         found = [one for one in self.layers(model).values() if not isinstance(one, nn.Embedding)]
         if not found:
             raise FormwrightError(f"{type(model).__name__} has no linear layer in floating point left to quantize.")
+        module: Any
         for module in found:
             if not module.weight.isfinite().all():
                 raise FormwrightError("A weight of this model is infinite or no number: repair or retrain it first.")
 
     def layers(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """What can be quantized, by path: the input embeddings and all linear layers but the output layer."""
-        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        table: Any = model.get_input_embeddings()
+        if type(table) is nn.Embedding:
+            every = model.named_modules(remove_duplicate=False)
+            holders = [one for _, one in every if getattr(one, "weight", None) is table.weight and one is not head]
+            table = table if len(holders) == 1 else None  # T5's two stacks read one table: it stays
         return {
             path: module
             for path, module in model.named_modules()
@@ -421,14 +435,13 @@ class LLMFP4(Modifier):
         if not self.batches:
             raise FormwrightError("llm-fp4 needs calibration rows: call calibrate with data first.")
         for path in self.order(model):
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             x = self.read(model, module)
             new = self.table(module, x) if isinstance(module, nn.Embedding) else self.linear(module, x)
             tied = isinstance(module, nn.Embedding) and _tied(model, module)
             replace(model, path, new)
-            if tied:  # the output layer keeps the table for itself
-                model.config.tie_word_embeddings = False
-                model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+            if tied:
+                untie(model)
         self.batches = []
 
     def order(self, model: PreTrainedModel) -> list[str]:
@@ -483,7 +496,7 @@ class LLMFP4(Modifier):
         form, bias = search_table(table, table[self.spread(ids)], forms, count, self.search)
         return FP4Embedding.of(module.weight.detach(), form, bias)
 
-    def linear(self, module: nn.Module, x: Float[Tensor, "n i"]) -> FP4Linear:
+    def linear(self, module: nn.Linear | Conv1D, x: Float[Tensor, "n i"]) -> FP4Linear:
         weight = _working(module.weight.T if isinstance(module, Conv1D) else module.weight)
         x = x.to(weight.dtype)
         searcher = Searcher(
@@ -499,6 +512,17 @@ class LLMFP4(Modifier):
         if self.searches:
             searcher.run(self.rounds)
         return FP4Linear.of(module, searcher, fold=self.fold)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """The output layer keeps the table, and what else was tied to the body, for itself."""
+    for name in model.all_tied_weights_keys:
+        path, _, last = name.rpartition(".")
+        owner = model.get_submodule(path)
+        shared = getattr(owner, last)
+        setattr(owner, last, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
 
 
 def _working(weight: Tensor) -> Tensor:
