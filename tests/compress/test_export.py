@@ -1,0 +1,64 @@
+"""Export: the file computes what the model computes, at any batch and length, and what it cannot hold is refused."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from formwright.compress import export as exporting
+from formwright.compress.export import OnnxRunner, OpenVinoRunner, export
+from formwright.errors import FormwrightError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert():
+    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=64, **SMALL)).eval()
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **SMALL)).eval()
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SMALL)).eval()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("make", [bert, llama, vit])
+def test_the_file_gives_the_models_outputs_at_another_shape(tmp_path, make, format):
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[format])
+    model = make()
+    export(model, tmp_path, format)
+    batch = exporting._batch(model, 5, 31)
+    with torch.no_grad():
+        wanted = model(**batch).logits
+    got = {"onnx": OnnxRunner, "openvino": OpenVinoRunner}[format](tmp_path)(**batch).logits
+    keep = batch["attention_mask"].bool() if wanted.ndim == 3 else slice(None)
+    torch.testing.assert_close(got[keep], wanted[keep], atol=1e-5, rtol=1e-4)
+
+
+def test_different_outputs_are_an_error(tmp_path):
+    pytest.importorskip("openvino")
+    model = bert()
+    export(model, tmp_path, "openvino")
+    with torch.no_grad():
+        model.classifier.bias += 1
+        with pytest.raises(FormwrightError, match="differ by"):
+            exporting._compare(model, OpenVinoRunner(tmp_path), 1e-4)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    with pytest.raises(FormwrightError, match="float32"):
+        export(bert(), tmp_path, "onnx", "float16")
+    with pytest.raises(FormwrightError, match="float32 model"):
+        export(bert().bfloat16(), tmp_path)
+    with pytest.raises(FormwrightError, match="holds no"):
+        OpenVinoRunner(tmp_path) if pytest.importorskip("openvino") else None
