@@ -5,6 +5,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -13,6 +14,7 @@ from transformers import (
 
 from formwright.compress import export as exporting
 from formwright.compress.export import OnnxRunner, OpenVinoRunner, export
+from formwright.compress.structure import Executor, attach
 from formwright.errors import FormwrightError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -62,3 +64,23 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export(bert().bfloat16(), tmp_path)
     with pytest.raises(FormwrightError, match="holds no"):
         OpenVinoRunner(tmp_path) if pytest.importorskip("openvino") else None
+
+
+def test_float16_halves_the_weights_and_stays_near(tmp_path):
+    pytest.importorskip("openvino")
+    model = BertModel(BertConfig(vocab_size=500, max_position_embeddings=64, **SMALL)).eval()
+    size = {}
+    for precision in ("float32", "float16"):
+        export(model, tmp_path / precision, "openvino", precision)
+        size[precision] = (tmp_path / precision / "model.bin").stat().st_size
+    assert size["float16"] < 0.6 * size["float32"]
+
+
+def test_an_executor_is_refused(tmp_path):
+    class Other(Executor):
+        kind = "other"
+
+    model = bert()
+    attach(model, Other())
+    with pytest.raises(FormwrightError, match="run by other"):
+        export(model, tmp_path)
