@@ -46,16 +46,8 @@ ROUNDS = 7
 # What a search combines: at most one of each group, in this order. A method that cannot be applied to the model, or is
 # not there, is left out.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "width": (
-        "prune(structure=neuron, amount=0.25)",
-        "prune(structure=neuron, amount=0.5)",
-        "prune(structure=head, amount=0.25)",
-    ),
-    "depth": (
-        "prune(structure=layer, amount=0.34)",
-        "entrodrop(count=1)",
-        "entrodrop(count=2)",
-    ),
+    "width": ("cut(neurons=0.25)", "cut(neurons=0.5)", "cut(heads=0.25)", "cut(neurons=0.5, heads=0.25)"),
+    "depth": ("cut(layers=1)", "cut(layers=2)", "cut(layers=3)"),
     "recover": ("distill", "finetune"),
     "precision": ("int8", "bfloat16"),
     "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert"),
@@ -202,8 +194,10 @@ def compress(
             search(bench, records, max_drop=max_drop, target=target, budget=budget, say=say)
         else:
             say(f"Applying {given.label()}")
-            bench.trial(given, records)
-        chosen = choose(records, target, max_drop)
+            record = bench.trial(given, records)
+            if record.status != "done":
+                raise FormwrightError(f"{given.label()}: {record.error}")
+        chosen = choose(records, target, max_drop) if given is None else record
         result = finish(bench, records, chosen, target, max_drop, out)
     write_run(out, {**(read_run(out) or {}), "result": {"sentences": result.sentences, "test": result.test}})
     return copy.copy(_with(result, report=report(out)))
