@@ -195,3 +195,21 @@ def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
 def test_an_adopted_encoder_still_gives_its_hidden_states() -> None:
     model = adopt(bert().bert)
     assert len(model(IDS, output_hidden_states=True).hidden_states) == 4
+
+
+def test_our_own_models_load_and_change_as_others_do(tmp_path) -> None:
+    from formwright.models.transformer import TransformerConfig, TransformerForCausalLM
+
+    torch.manual_seed(0)
+    model = TransformerForCausalLM(
+        TransformerConfig(architecture="decoder", vocab_size=20, hidden_size=16, num_hidden_layers=3)
+    ).eval()
+    model.save_pretrained(tmp_path / "plain")
+    back = load(tmp_path / "plain")
+    assert type(back) is TransformerForCausalLM
+    assert torch.equal(back(IDS).logits, model(IDS).logits)
+    adopt(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight * 2)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "changed")
+    assert torch.equal(load(tmp_path / "changed")(IDS).logits, model(IDS).logits)

@@ -33,10 +33,12 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from formwright import catalog
 from formwright.errors import FormwrightError
+from formwright.models import transformer as own
 
 VERSION = 1
 PREFIX = "formwright-"
@@ -201,8 +203,6 @@ def _auto_classes() -> Iterator[Any]:
 
 def register_families() -> None:
     """Make AutoConfig know the saved models of the families above."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     for family in FAMILIES:
         if family in CONFIG_MAPPING:
             adopted_config(CONFIG_MAPPING[family])
@@ -430,16 +430,10 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     description = read_config(folder)
     architecture = (description.get("architectures") or ["AutoModel"])[0]
     family = description.get("model_type", "")
-    if family.startswith(PREFIX):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        base = family.removeprefix(PREFIX)
-        if base in CONFIG_MAPPING:
-            register_models(CONFIG_MAPPING[base])
-            architecture = architecture.removeprefix("Formwright")
-            cls = adopted(_named(architecture, folder))
-        else:
-            cls = transformers.AutoModel  # one of our own families
+    base = family.removeprefix(PREFIX)
+    if family.startswith(PREFIX) and base in CONFIG_MAPPING:
+        register_models(CONFIG_MAPPING[base])
+        cls = adopted(_named(architecture.removeprefix("Formwright"), folder))
     else:
         cls = _named(architecture, folder)
     return _read(cls, folder, kwargs)
@@ -466,7 +460,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _named(architecture: str, folder: Path) -> Any:
-    cls = getattr(transformers, architecture, None)
+    cls = getattr(transformers, architecture, None) or getattr(own, architecture, None)
     if cls is None:
         raise FormwrightError(
             f"{folder} holds a {architecture}, which transformers {transformers.__version__} does not have: "
