@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from formwright.bench.compare import compare as compare
     from formwright.bench.report import report as report
+    from formwright.compress.runtime.bytetransformer import padding_free as padding_free
     from formwright.compress.structure import load as load
     from formwright.socket import register as register
     from formwright.socket import register_attention as register_attention
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 VERBS = {
     "compare": "formwright.bench.compare:compare",
     "load": "formwright.compress.structure:load",
+    "padding_free": "formwright.compress.runtime.bytetransformer:padding_free",
     "report": "formwright.bench.report:report",
     "register": "formwright.socket:register",
     "register_attention": "formwright.socket:register_attention",

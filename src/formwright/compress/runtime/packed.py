@@ -51,7 +51,8 @@ class PackedEncoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        anatomy, family = describe(model), model.config.model_type
+        anatomy = describe(model)
+        family = anatomy.family  # that of a changed model too
         served = family in FAMILIES and not getattr(model.config, "is_decoder", False)
         if not served or any(layer.attention is None or layer.feedforward is None for layer in anatomy.layers):
             raise FormwrightError(

@@ -1,0 +1,156 @@
+"""An encoder that never computes on padding.
+
+Paper    Zhai et al.: ByteTransformer (IPDPS 2023), arXiv:2210.03052.
+Idea     The real tokens of a padded batch are packed into one matrix once, before the first layer; every layer runs on
+         them alone, attention inside each text; after the last layer they go back to their places.
+
+    word_idx    places of real tokens in the flattened batch, (t,), from the mask; any mask of zeros and ones
+    cu_seqlens  exclusive cumulative sum of the lengths, (b + 1,)
+    cost        of the layers' linear parts t instead of b n, of attention the sum of squared lengths instead of b n^2
+
+Differs  Padding places come out as zeros (the padded model leaves there what no one should read). The paper's fused
+         CUDA kernels are not here: layers run as PyTorch operations, attention is one fused call a text. With
+         precision="bfloat16" weights and products are bfloat16, which is no longer exact.
+
+The model's own forward takes over where gradients, hidden states, attentions or another than a 2-dimensional mask are
+asked for.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from formwright.compress.modifier import Modifier
+from formwright.compress.runtime.packed import PackedEncoder
+from formwright.compress.structure import Executor, attach
+
+EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
+OURS = (*EMBEDDED, "attention_mask", "return_dict", "labels")
+
+
+class PaddingFree(Executor):
+    """Runs the layers on real tokens alone."""
+
+    kind: ClassVar[str] = "padding-free"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engine: tuple[Any, PackedEncoder] | None = None
+
+    def structure(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def rebuild(cls, old: object, **structure: Any) -> "PaddingFree":
+        del old
+        return cls(**structure)
+
+    def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's output; padding places of its hidden states are zero."""
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        given.pop("self")
+        if not self.serves(model, given):
+            return forward(*args, **kwargs)
+        base = model.base_model
+        encoded = self.encode(base, given)
+        if base is model:
+            tuple_asked = given.get("return_dict") is False or not getattr(model.config, "return_dict", True)
+            return encoded.to_tuple() if tuple_asked else encoded
+        # The head is the model's own: it calls its encoder, which for this one call has the answer ready.
+        base.forward = lambda *_, **__: encoded
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            del base.forward
+
+    def serves(self, model: PreTrainedModel, given: dict[str, Any]) -> bool:
+        """Whether this call can be run here."""
+        asked = {name for name, value in given.items() if value is not None and value is not False}
+        mask = given.get("attention_mask")
+        config = model.config
+        return (
+            asked <= set(OURS)
+            and given.get("input_ids") is not None
+            and isinstance(mask, Tensor)
+            and mask.ndim == 2
+            and not torch.is_grad_enabled()
+            and not model.training
+            and not getattr(config, "output_hidden_states", False)
+            and not getattr(config, "output_attentions", False)
+            and not torch.compiler.is_compiling()
+        )
+
+    def encode(self, base: PreTrainedModel, given: dict[str, Any]) -> BaseModelOutputWithPooling:
+        """Embed, pack, run the layers, unpack, pool."""
+        hidden = base.embeddings(**{name: given[name] for name in EMBEDDED if given.get(name) is not None})
+        if hasattr(base, "embeddings_project"):
+            hidden = base.embeddings_project(hidden)
+        real = given["attention_mask"].bool()
+        lengths = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+        states = unpack(self.engine(base).run(hidden[real], lengths), real)
+        pooler = getattr(base, "pooler", None)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states, pooler_output=None if pooler is None else pooler(states)
+        )
+
+    def engine(self, base: PreTrainedModel) -> PackedEncoder:
+        """Of this very model; a copy of a model makes its own."""
+        if self._engine is None or self._engine[0]() is not base:
+            self._engine = (weakref.ref(base), PackedEncoder(base))
+        return self._engine[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PaddingFree":
+        made = type(self)()
+        memo[id(self)] = made
+        return made.train(self.training)
+
+
+def unpack(packed: Float[Tensor, "t d"], real: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+    """Tokens back in their places, zeros elsewhere."""
+    whole = packed.new_zeros(*real.shape, packed.shape[-1])
+    whole[real] = packed
+    return whole
+
+
+class PaddingFreeExecution(Modifier):
+    """Let an encoder compute on real tokens alone.
+
+    Args:
+        precision: "float32" is exact; "bfloat16" turns weights and products to bfloat16, faster where the processor
+            has instructions for it.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def __init__(self, *, precision: Literal["float32", "bfloat16"] = "float32") -> None:
+        self.precision = precision
+
+    def check(self, model: PreTrainedModel) -> None:
+        PackedEncoder(model.base_model)
+
+    def apply(self, model: PreTrainedModel) -> None:
+        padding_free(model, precision=self.precision)
+
+
+def padding_free(model: PreTrainedModel, *, precision: Literal["float32", "bfloat16"] = "float32") -> PreTrainedModel:
+    """Let a model compute on real tokens alone, in place.
+
+    Args:
+        precision: see PaddingFreeExecution.
+
+    Raises:
+        FormwrightError: a family this cannot run, or a model that another executor runs.
+    """
+    PackedEncoder(model.base_model)
+    attach(model, PaddingFree())
+    if precision == "bfloat16":
+        model.to(torch.bfloat16)
+    return model.eval()

@@ -1,0 +1,146 @@
+"""Padding-free execution gives what the padded model gives at real tokens, for every length, head and call."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import formwright
+from formwright.build import build
+from formwright.compress.runtime.bytetransformer import PaddingFree, padding_free, unpack
+from formwright.compress.structure import load
+from formwright.errors import FormwrightError
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+PLACES = {"max_position_embeddings": 32}
+MODELS = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(**SIZES, **PLACES)),
+    "bert-head": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, **PLACES, num_labels=3)),
+    "roberta-head": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**SIZES, **PLACES)),
+    "electra-tokens": lambda: hf.ElectraForTokenClassification(hf.ElectraConfig(**SIZES, **PLACES, embedding_size=8)),
+}
+LENGTHS = [[7, 3, 1], [7, 7, 7], [1, 1, 1]]
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for weight in model.parameters():
+        weight.data.add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def batch(lengths: list[int], *, filler: int = 1) -> dict[str, Tensor]:
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(2, 40, mask.shape, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask}
+
+
+def answer(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out = model(**given)
+    first = out.logits if "logits" in out else out.last_hidden_state
+    return first[given["attention_mask"].bool()] if first.ndim == 3 else first
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_it_equals_the_padded_model(name: str, lengths: list[int], dtype: torch.dtype, close: float) -> None:
+    model = built(name).to(dtype)
+    given = batch(lengths)
+    padded = answer(model, given)
+    torch.testing.assert_close(answer(padding_free(model), given), padded, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_pads_hold_and_the_order_of_texts_change_nothing(name: str) -> None:
+    model = padding_free(built(name))
+    given = batch([7, 3, 5])
+    if name != "roberta-head":  # its positions are counted from what is no pad
+        assert torch.equal(answer(model, given), answer(model, batch([7, 3, 5], filler=9)))
+    turned = {key: value.flip(0) for key, value in given.items()}
+    with torch.no_grad():
+        straight, back = model(**given)[0], model(**turned)[0].flip(0)
+    torch.testing.assert_close(straight, back, atol=1e-6, rtol=1e-6)
+
+
+def test_holes_in_the_mask_are_padding_too() -> None:
+    model = built("bert")
+    given = batch([7, 7])
+    given["attention_mask"][0, 2:4] = 0
+    torch.testing.assert_close(
+        answer(padding_free(copy.deepcopy(model)), given), answer(model, given), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_text_without_a_token_is_zeros() -> None:
+    model = padding_free(built("bert"))
+    given = batch([5, 2])
+    given["attention_mask"][1] = 0
+    with torch.no_grad():
+        assert model(**given).last_hidden_state[1].abs().max() == 0
+
+
+def test_packing_and_unpacking_is_the_mask() -> None:
+    x, real = torch.randn(3, 5, 4), torch.rand(3, 5) < 0.5
+    assert torch.equal(unpack(x[real], real), x * real[..., None])
+
+
+@pytest.mark.parametrize("call", [{"output_hidden_states": True}, {"output_attentions": True}, {"labels": "some"}])
+def test_other_calls_are_answered_as_before(call: dict) -> None:
+    plain = built("bert-head")
+    plain.set_attn_implementation("eager")
+    model = padding_free(copy.deepcopy(plain))
+    given = batch([7, 3])
+    if "labels" in call:
+        call = {"labels": torch.tensor([0, 2])}
+    with torch.no_grad():
+        ours, theirs = model(**given, **call), plain(**given, **call)
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_it_trains_by_the_models_own_forward() -> None:
+    plain = built("bert-head")
+    model = padding_free(copy.deepcopy(plain))
+    given = {**batch([7, 3]), "labels": torch.tensor([0, 2])}
+    for one in (plain, model):
+        one(**given).loss.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-head"])
+def test_it_is_saved_with_the_model(tmp_path, name: str) -> None:
+    model = padding_free(built(name), precision="bfloat16")
+    model.save_pretrained(tmp_path)
+    back = load(tmp_path)
+    assert isinstance(back.executor, PaddingFree)
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(answer(back, batch([7, 3])), answer(model, batch([7, 3])))
+
+
+def test_other_weights_are_seen_and_a_copy_runs_its_own() -> None:
+    model = padding_free(built("bert"))
+    given = batch([7, 3])
+    before = answer(model, given)
+    other = copy.deepcopy(model)
+    other.encoder.layer[0].output.dense.weight.data.zero_()
+    assert not torch.equal(answer(other, given), before)
+    assert torch.equal(answer(model, given), before)
+
+
+def test_another_family_is_refused() -> None:
+    model = hf.GPT2Model(hf.GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(FormwrightError, match="Padding-free"):
+        padding_free(model)
+    with pytest.raises(FormwrightError):
+        build("modifier", "padding-free").check(model)
+
+
+def test_the_verb() -> None:
+    assert formwright.padding_free is padding_free
