@@ -10,7 +10,12 @@ from formwright.conformance.subject import SLOTS
 from .known_failures import KNOWN_FAILURES
 
 # These slots hold no part of a block; their own tests check them.
-ELSEWHERE = {"model": "tests/models", "embedding": "tests/parts/embedding"}
+ELSEWHERE = {
+    "model": "tests/models",
+    "embedding": "tests/parts/embedding",
+    "modifier": "tests/compress",
+    "module": "tests/compress",
+}
 
 PARTS = {p.key: p for p in catalog.provided() if p.slot in (*SLOTS, "init") and defined(p.module, p.attribute)}
 
