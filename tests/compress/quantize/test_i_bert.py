@@ -172,6 +172,17 @@ def test_training_moves_every_weight_that_is_read_and_lowers_the_loss():
     assert trained(**rows).loss < before(**rows).loss - 0.05
 
 
+def test_ranges_follow_slowly_in_training_and_stay_otherwise():
+    simulation = Simulation(made("bert"), weight_bits=8, activation_bits=8)
+    first, second = torch.tensor([-1.0, 3.0]), torch.tensor([-5.0, 2.0])
+    simulation.train()
+    simulation.scale("x", first, 8)
+    assert simulation.scale("x", second, 8) * 127 == pytest.approx(0.95 * 3 + 0.05 * 2)
+    simulation.eval()
+    simulation.scale("x", 9 * second, 8)
+    assert simulation.ranges["x"].tolist() == pytest.approx([-0.95 - 0.25, 2.95])
+
+
 def test_gradients_are_near_those_of_the_float_model():
     model = made("bert").double()
     one = next(data().batches(1, batch_size=16, labels=True))
