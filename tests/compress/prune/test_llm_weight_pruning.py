@@ -370,9 +370,9 @@ def test_zeros_stay_zero_while_training(schedule: str, score: str, data: Data, m
 
 @pytest.mark.parametrize("structure", ["neuron", "head"])
 def test_units_that_go_while_training_are_cut_out(structure: str, data: Data) -> None:
-    for schedule in ("iterative", "gradual"):
+    for schedule, score in (("iterative", "magnitude"), ("gradual", "magnitude"), ("gradual", "movement")):
         model = zoo.build("llama")
-        prune = Prune(structure=structure, schedule=schedule, after="finetune", rounds=3)
+        prune = Prune(structure=structure, schedule=schedule, score=score, after="finetune", rounds=3)
         pipeline.apply(model, prune, data)
         layers = describe(model).layers
         found = {layer.feedforward.width if structure == "neuron" else layer.attention.heads for layer in layers}

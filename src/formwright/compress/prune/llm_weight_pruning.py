@@ -210,14 +210,13 @@ class Units:
 
     def mean(self, scores: Scores) -> Float[Tensor, " units"]:
         """The mean score of the weights of each unit."""
-        total = size = 0
+        device = next(iter(scores.values())).device
+        total, size = torch.zeros(2, self.count, device=device)
         for path, (axis, labels) in self.labels.items():
             lines = scores[path].sum(1 - axis)
-            empty = torch.zeros(self.count, dtype=lines.dtype, device=lines.device)
-            labels = labels.to(lines.device)
-            total = total + empty.index_add(0, labels, lines)
-            size = size + empty.index_add(0, labels, torch.full_like(lines, scores[path].shape[1 - axis]))
-        return total / size  # type: ignore[operator, return-value]
+            total.index_add_(0, labels.to(device), lines)
+            size.index_add_(0, labels.to(device), torch.full_like(lines, scores[path].shape[1 - axis]))
+        return total / size
 
     def masks(self, kept: Bool[Tensor, " units"], scores: Scores) -> Masks:
         found = {}
