@@ -250,7 +250,7 @@ def _start_worker() -> None:
 def _run(run: Callable[[Scale, int], Outcome], scale: Scale, seed: int) -> Outcome:
     started = time.perf_counter()
     outcome = run(scale, seed)
-    return replace(outcome, seconds=round(time.perf_counter() - started, 4))
+    return replace(outcome, seconds=round(time.perf_counter() - started, 6))
 
 
 def evidence(of: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:
