@@ -50,7 +50,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "depth": ("cut(layers=1)", "cut(layers=2)", "cut(layers=3)"),
     "recover": ("distill", "finetune"),
     "precision": ("int8", "bfloat16"),
-    "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert"),
+    "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert(qat_steps=0)"),
 }
 
 

@@ -144,3 +144,18 @@ def test_another_family_is_refused() -> None:
 
 def test_the_verb() -> None:
     assert formwright.padding_free is padding_free
+
+
+def test_a_call_for_a_tuple_is_served_without_the_models_own_forward() -> None:
+    model = padding_free(built("bert"))
+    given = batch([7, 3])
+    with torch.no_grad():
+        whole = model(**given, return_dict=False)
+    assert isinstance(whole, tuple)
+    assert torch.equal(whole[0], model_states(model, given))
+    assert whole[0][1, 3:].abs().max() == 0  # padding, which the padded model would not leave at zero
+
+
+def model_states(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**given).last_hidden_state

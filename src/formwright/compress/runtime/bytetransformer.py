@@ -55,8 +55,8 @@ class PaddingFree(Executor):
     def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's output; padding places of its hidden states are zero."""
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        given.pop("self")
+        more = given.pop("kwargs", {})
+        given = {name: value for name, value in {**given, **more}.items() if name != "self"}
         if not self.serves(model, given):
             return forward(*args, **kwargs)
         base = model.base_model
