@@ -50,20 +50,20 @@ def rows(tmp_path_factory) -> Path:
 
 
 def test_a_recipe_makes_a_model_that_loads(tmp_path, folder, rows) -> None:
-    result = compress(folder, ["cut(neurons=0.5)"], rows, out=tmp_path, max_drop=0.9)
+    result = compress(folder, ["prune(structure=neuron, amount=0.5)"], rows, out=tmp_path, max_drop=0.9)
     assert result.recipe is not None
     model = formwright.load(result.folder)
     assert model.bert.encoder.layer[0].intermediate.dense.out_features == 16
     ids = torch.tensor([[4, 5, 6]])
     assert torch.equal(model(ids).logits, result.model(ids).logits)
     page = result.report.read_text()
-    assert "cut(neurons=0.5)" in page
+    assert "prune(structure=neuron, amount=0.5)" in page
     assert (result.folder / "recipe.yaml").exists()
     assert (result.folder / "tokenizer.json").exists()
 
 
 def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch, folder, rows) -> None:
-    monkeypatch.setattr(bench, "GROUPS", {"width": ("cut(neurons=0.5)", "cut(heads=0.5)")})
+    monkeypatch.setattr(bench, "GROUPS", {"width": ("prune(structure=neuron)", "prune(structure=head)")})
     compress(folder, None, rows, out=tmp_path, max_drop=0.9, target="params=0.9", budget="1")
     first = len(Records(tmp_path))
     said: list[str] = []
@@ -116,7 +116,7 @@ def run(*given: object) -> tuple[int, str]:
 
 def test_the_command_prints_json(tmp_path, folder, rows) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("steps: [{cut: {neurons: 0.25}}]")
+    recipe.write_text("steps: [{prune: {structure: neuron, amount: 0.25}}]")
     out = tmp_path / "run"
     code, said = run(
         "compress", folder, "--data", rows, "--recipe", recipe, "--max-drop", 0.9, "--target", "size=0.99", "--json",

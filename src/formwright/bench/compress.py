@@ -9,11 +9,12 @@ confirmed on test rows that no trial has seen.
 
 import copy
 import json
+import math
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,14 +44,17 @@ MODEL, TRIALS, STUDY = "model", "trials", "search.db"
 BATCHES = 6  # of the user's rows, that a model is timed on
 ROUNDS = 7
 
-# What a search combines: at most one of each group, in this order. A method that cannot be applied to the model, or is
-# not there, is left out.
+# What a search combines: at most one of each group, in this order. A method that cannot be applied to the model is left
+# out.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "width": ("cut(neurons=0.25)", "cut(neurons=0.5)", "cut(heads=0.25)", "cut(neurons=0.5, heads=0.25)"),
-    "depth": ("cut(layers=1)", "cut(layers=2)", "cut(layers=3)"),
+    "width": (
+        "prune(structure=neuron, amount=0.25)",
+        "prune(structure=neuron, amount=0.5)",
+        "prune(structure=head, amount=0.25)",
+    ),
+    "depth": tuple(f"entrodrop(score=cosine, count={count}, samples=32)" for count in (1, 2, 3)),
     "recover": ("distill", "finetune"),
-    "precision": ("int8", "bfloat16"),
-    "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert(qat_steps=0)"),
+    "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert(qat_steps=0)", "deebert", "ltp"),
 }
 
 
@@ -178,16 +182,18 @@ def compress(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise FormwrightError(f"{out} is a file: give --out a folder.")
-    bench = Bench.prepare(model, data, kind=task, text=text, label=label, seed=seed, folder=out, say=say)
     settings = {
-        "task": bench.data.task.name,
-        "kind": bench.data.kind,
-        "model": bench.name,
+        "model": _called(model),
+        "data": None if data is None else _called(data),
+        "kind": task,
+        "text": text,
+        "label": label,
         "max_drop": max_drop,
         "target": asdict(target),
         "seed": seed,
     }
-    check_same_run(out, settings)
+    check_same_run(out, settings)  # before anything in the folder is used
+    bench = Bench.prepare(model, data, kind=task, text=text, label=label, seed=seed, folder=out, say=say)
     write_run(out, {"settings": settings, "command": command, "budget": asdict(budget), **bench.facts()})
     with Records(out, write=True) as records:
         if given is None:
@@ -200,13 +206,15 @@ def compress(
         chosen = choose(records, target, max_drop) if given is None else record
         result = finish(bench, records, chosen, target, max_drop, out)
     write_run(out, {**(read_run(out) or {}), "result": {"sentences": result.sentences, "test": result.test}})
-    return copy.copy(_with(result, report=report(out)))
+    return replace(result, report=report(out))
 
 
-def _with(result: Compressed, **changed: Any) -> Compressed:
-    import dataclasses
-
-    return dataclasses.replace(result, **changed)
+def _called(given: Any) -> str:
+    """What a model or data is known by: the name of a task, a class, or a path."""
+    task = getattr(given, "task", given)
+    if isinstance(task, str | Path):
+        return str(task)
+    return str(getattr(task, "name", type(task).__name__))
 
 
 class Bench:
@@ -238,8 +246,7 @@ class Bench:
         if isinstance(data, Data):
             if not isinstance(model, PreTrainedModel):
                 raise FormwrightError("With Data of your own, give the model itself, not its folder.")
-            return Bench(model, data, name=type(model).__name__, folder=folder)
-        name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+            return Bench(model, data, name=_called(model), folder=folder)
         processor = None if isinstance(model, PreTrainedModel) else processor_of(model, kind)
         say("Reading the model and the data")
         opened = model if isinstance(model, PreTrainedModel) else open_model(model)
@@ -263,7 +270,7 @@ class Bench:
             shutil.rmtree(kept, ignore_errors=True)
             draft.rename(kept)
         held = Data(task=rows, kind=kind, seed=seed, settings=rows.defaults.settings)
-        return Bench(original, held, name=name, folder=folder, processor=processor)
+        return Bench(original, held, name=_called(model), folder=folder, processor=processor)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -297,23 +304,24 @@ class Bench:
 
         return run
 
+    def key(self, recipe: Recipe) -> str:
+        """The name of a trial."""
+        return key(self.task.name, json.loads(recipe.model_dump_json()), recipe.seed, {"model": self.name})
+
     def trial(self, recipe: Recipe, records: Records) -> Record:
         """Apply a recipe to a copy, measure it and write it down; a recipe that was tried is read."""
-        config = json.loads(recipe.model_dump_json())
-        name = key(self.task.name, config, recipe.seed, {"model": self.name})
+        config, name = json.loads(recipe.model_dump_json()), self.key(recipe)
         if name in records:
             return records[name]
         start = time.perf_counter()
         place = self.folder / TRIALS / name
+        about = {"key": name, "task": self.task.name, "candidate": {"recipe": recipe.label()}, "config": config}
         try:
             model, changes = run_recipe(copy.deepcopy(self.original), recipe, self.data, folder=place)
             quality = self.measure(model, "validation")
             took, ratio = self.times(model)
             record = Record(
-                key=name,
-                task=self.task.name,
-                candidate={"recipe": recipe.label()},
-                config=config,
+                **about,
                 seed=recipe.seed,
                 status="done",
                 metrics={self.metric.name: quality, "drop": self.drop(quality)},
@@ -324,21 +332,13 @@ class Bench:
                 extra={
                     "latency": ratio,
                     "size": disk(model) / self.size,
-                    "params": sum(value.numel() for value in _weights(model)) / self.params,
+                    "params": changes[-1].parameters[1] / changes[0].parameters[0],
                     "changes": [asdict(change) for change in changes],
                 },
             )
         except FormwrightError as wrong:
-            record = Record(
-                key=name,
-                task=self.task.name,
-                candidate={"recipe": recipe.label()},
-                config=config,
-                seed=recipe.seed,
-                status="unsupported",
-                seconds=time.perf_counter() - start,
-                error=str(wrong),
-            )
+            took = time.perf_counter() - start
+            record = Record(**about, seed=recipe.seed, status="unsupported", seconds=took, error=str(wrong))
             shutil.rmtree(place, ignore_errors=True)
         records.append(record)
         return record
@@ -390,13 +390,6 @@ def processor_of(model: str | Path, kind: Kind) -> Any:
         ) from wrong
 
 
-def _weights(model: PreTrainedModel) -> Iterable[Tensor]:
-    seen: dict[int, Tensor] = {}
-    for value in model.state_dict(keep_vars=True).values():
-        seen.setdefault(value.data_ptr(), value)
-    return seen.values()
-
-
 def _batches(task: Task) -> list[dict[str, Tensor]]:
     """Validation rows as a user would send them: in the order they come."""
     from formwright.training.evaluation import fetch, rows
@@ -426,11 +419,10 @@ def search(bench: Bench, records: Records, *, max_drop: float, target: Target, b
     """Try recipes until the budget is spent."""
     optuna = require("optuna", extra="search")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    groups = available(bench.original)
-    choices = {group: ["", *specs] for group, specs in groups.items() if specs}
+    choices = {group: ["", *specs] for group, specs in available(bench.original).items() if specs}
     if not choices:
         raise FormwrightError(
-            f"No method can be applied to {type(bench.original).__name__}: formwright list tells more."
+            f"No method of a search can be applied to {type(bench.original).__name__}: write a recipe for it."
         )
     study = optuna.create_study(
         study_name="compress",
@@ -442,47 +434,45 @@ def search(bench: Bench, records: Records, *, max_drop: float, target: Target, b
     if not study.trials:
         for group, specs in choices.items():
             for spec in specs[1:]:
-                if group != "recover":
+                if group != "recover":  # there is nothing to recover from yet
                     study.enqueue_trial({name: spec if name == group else "" for name in choices})
-    start = time.perf_counter()
-    number = len(records)
-    while not _spent(budget, start, len(records)):
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # killed in the middle: once more
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    while not (_spent(budget, records) or _exhausted(choices, study)):
         trial = study.ask()
         steps = [trial.suggest_categorical(group, options) for group, options in choices.items()]
         steps = [step for step in steps if step]
         if not steps:
-            study.tell(trial, [0.0, 1.0])
-            if _exhausted(choices, study):
-                break
+            study.tell(trial, [0.0, 1.0])  # the original
             continue
         recipe = Recipe.read(steps)
-        number += 1
-        say(f"Trial {number}: {recipe.label()}")
+        before = len(records)
+        if bench.key(recipe) not in records:
+            say(f"Trial {before + 1}: {recipe.label()}")
         record = bench.trial(recipe, records)
-        if record.status != "done":
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            say(f"  cannot be applied: {record.error}")
-        else:
+        if record.status == "done" and math.isfinite(record.metrics["drop"] or 0.0):
             study.tell(trial, [record.metrics["drop"], record.extra[target.cost]])
-            say(f"  {_brief(bench, record)}")
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if len(records) > before:
+            say(f"  {_brief(bench, record) if record.status == 'done' else f'cannot be applied: {record.error}'}")
         _tidy(bench, records, target, max_drop)
-        if _exhausted(choices, study):
-            break
 
 
-def _spent(budget: Budget, start: float, trials: int) -> bool:
-    if budget.trials is not None and trials >= budget.trials:
+def _spent(budget: Budget, records: Records) -> bool:
+    """Counting the trials and the time of earlier calls on the same folder."""
+    if budget.trials is not None and len(records) >= budget.trials:
         return True
-    return budget.seconds is not None and time.perf_counter() - start > budget.seconds
+    return budget.seconds is not None and sum(one.seconds or 0.0 for one in records) > budget.seconds
 
 
 def _exhausted(choices: Mapping[str, Sequence[str]], study: Any) -> bool:
     """Every combination was proposed, or nothing but repetitions for long."""
-    everything = 1
-    for options in choices.values():
-        everything *= len(options)
-    seen = {json.dumps(one.params, sort_keys=True) for one in study.trials if one.params}
-    return len(seen) >= everything or len(study.trials) > 20 * (len(seen) + 5)
+    everything = math.prod(len(options) for options in choices.values())
+    proposed = study.get_trials(deepcopy=False)
+    seen = {json.dumps(one.params, sort_keys=True) for one in proposed if len(one.params) == len(choices)}
+    return len(seen) >= everything or len(proposed) > 20 * (len(seen) + 5)
 
 
 def _brief(bench: Bench, record: Record) -> str:
@@ -502,9 +492,7 @@ def _tidy(bench: Bench, records: Records, target: Target, max_drop: float) -> No
 
 
 def ranking(records: Iterable[Record], target: Target, max_drop: float) -> list[Record]:
-    """Trials within the allowed loss that are cheaper than the original, the cheapest first; simulated gains count for
-    nothing.
-    """
+    """Trials within the allowed loss that are cheaper than the original, the cheapest first."""
     fit = [
         one
         for one in records
@@ -527,7 +515,8 @@ def finish(
     name = bench.metric.name
     done = [one for one in records if one.status == "done"]
     if chosen is None:
-        closest = min(done, key=lambda one: one.metrics["drop"], default=None)
+        measured = [one for one in done if one.metrics["drop"] is not None]  # a loss that is no number is kept as none
+        closest = min(measured, key=lambda one: one.metrics["drop"], default=None)
         said = [
             f"No recipe of {len(done)} is both within the allowed loss of {max_drop:g} and cheaper in {target.cost}."
         ]

@@ -283,6 +283,28 @@ def test_models_without_one_pre_norm_stream_are_refused(family: str) -> None:
         EntroDrop().check(zoo.build(family))
 
 
+def test_the_cosine_serves_post_norm_layers_too(data: Data, tmp_path) -> None:
+    model = zoo.build("bert")
+    norm = model.bert.encoder.layer[1].output.LayerNorm
+    silence(model, 1)
+    for one in (model.bert.encoder.layer[i].output.LayerNorm for i in range(3)):
+        one.weight.data.fill_(1.0)
+        one.bias.data.zero_()
+    attention = model.bert.encoder.layer[1].attention.output.LayerNorm
+    attention.weight.data.fill_(1.0)
+    attention.bias.data.zero_()
+    assert norm.eps < 1e-6  # so that normalising twice is normalising once
+    before = zoo.outputs(model, "bert")
+    modifier = build("modifier", "entrodrop(score=cosine, samples=3)")
+    pipeline.apply(model, modifier, data)
+    assert modifier.dropped == [1]
+    torch.testing.assert_close(zoo.outputs(model, "bert"), before, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(zoo.outputs(load(tmp_path).eval(), "bert"), zoo.outputs(model, "bert"))
+    with pytest.raises(FormwrightError, match="resets the entropy"):
+        EntroDrop(score="cosine", granularity="attention").check(zoo.build("bert"))
+
+
 @pytest.mark.parametrize(
     "spec",
     [

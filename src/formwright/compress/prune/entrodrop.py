@@ -12,7 +12,8 @@ Idea     In a pre-norm model the entropy of the stream falls in the first layers
              knn      H = D mean_i ln r_i + D/2 ln pi - ln Gamma(D/2 + 1) + ln M - ln k, r_i to the k-th neighbour
              renyi    H = ln(mean_ij K_ij^(a-1)) / (1 - a), K Gaussian on standardised vectors, of the median distance,
                       a = 4
-             cosine   1 - mean cos(Z_l-1, Z_l) in place of dH: the baseline, which has no stages
+             cosine   1 - mean cos(Z_l-1, Z_l) in place of dH: the baseline (ShortGPT, arXiv:2403.03853), which has no
+                      stages, and for whole layers serves post-norm models too
 
 Differs  With knn the turn is looked for from the first layer's output on: equal tokens are equal vectors before it, at
          distance 0. variant="release" keeps the first two layers and the last, whatever their entropy, as the release
@@ -198,9 +199,11 @@ class EntroDrop(Modifier):
                 f"{type(model).__name__} has several stacks, or layers that are one and the same, and EntroDrop reads "
                 "one stream: cut heads or neurons instead."
             )
-        if not all(layer.norm_first for layer in anatomy.layers):
+        turned = self.score == "cosine" and self.granularity == "layer"  # this baseline needs no growing stream
+        if not turned and not all(layer.norm_first for layer in anatomy.layers):
             raise FormwrightError(
-                f"{type(model).__name__} normalises after its layers, which resets the entropy: use cut(layers=...)."
+                f"{type(model).__name__} normalises after its layers, which resets the entropy: use "
+                "entrodrop(score=cosine)."
             )
         if self.granularity == "attention" and any(
             layer.feedforward is None or layer.feedforward.norm is None for layer in anatomy.layers
