@@ -66,7 +66,7 @@ def run(scale: Scale, seed: int) -> Outcome:
     found = {"full precision": perplexity(model, task)}
     for name, method in METHODS.items():
         arm = copy.deepcopy(model)
-        apply(arm, LLMFP4(method=method, **SEARCH[scale]), data)
+        apply(arm, LLMFP4(method=method, **(SEARCH[scale] if method.startswith("fpq") else {})), data)
         found[name] = perplexity(arm, task)
     return Outcome(scale=scale, seed=seed, measured={"fpq": found.pop("fpq")}, baseline=found)
 

@@ -127,6 +127,10 @@ def export(
         with torch.no_grad():
             _write(model, path, format, precision)
             _compare(model, {"onnx": OnnxRunner, "openvino": OpenVinoRunner}[format](folder), ALLOWED[precision])
+    except BaseException:  # what was not found equal is not left to be used
+        for part in (path, path.with_suffix(".bin")):
+            part.unlink(missing_ok=True)
+        raise
     finally:
         model.train(training)
     return path
@@ -188,5 +192,5 @@ def _compare(model: PreTrainedModel, run: OnnxRunner | OpenVinoRunner, allowed: 
         if not error <= allowed:
             raise FormwrightError(
                 f"The exported model's outputs differ by {error:.1e} of the largest, above {allowed:.0e}, at batch "
-                f"{rows} and length {length}: do not use the file."
+                f"{rows} and length {length}: the file was removed; take the other format."
             )

@@ -285,7 +285,7 @@ def test_a_cast_leaves_the_biases_alone() -> None:
 
 def test_layers_are_searched_on_what_the_quantised_layers_before_them_give() -> None:
     model = made(llama)
-    modifier, seen = quick(method="minmax-fp"), {}
+    modifier, seen = LLMFP4(method="minmax-fp", samples=12), {}
     linear = modifier.linear
     modifier.linear = lambda module, x: seen.setdefault(id(module), x.clone()) is None or linear(module, x)  # type: ignore[method-assign]
     last = model.model.layers[1].mlp.down_proj
@@ -320,6 +320,12 @@ def test_eight_bits_are_nearer_than_four() -> None:
         pipeline.apply(model, quick(weight_bits=bits, activation_bits=bits), data())
         distance[bits] = float((model(IDS).logits.detach() - before).norm() / before.norm())
     assert distance[8] < 0.25 * distance[4]
+
+
+@pytest.mark.parametrize("option", [{"rounds": 2}, {"candidates": 8}, {"search": "bias"}])
+def test_what_searches_nothing_takes_no_options_of_the_search(option: dict[str, Any]) -> None:
+    with pytest.raises(FormwrightError, match="searches nothing"):
+        LLMFP4(method="minmax-int", **option)
 
 
 def test_the_modifier_is_in_the_catalogue() -> None:

@@ -349,9 +349,9 @@ class LLMFP4(Modifier):
         activation_bits: 3 to 8, of the inputs of every layer.
         method: "fpq" (searched, with channel shifts), "fpq-baseline" (searched) or the largest values alone,
             "minmax-fp" and "minmax-int", which search nothing.
-        rounds: of the search, weights and activations in turn (3 in the paper).
-        candidates: biases tried for a format (100 in the paper).
-        search: what the candidates are multiples of: "maxval", the largest value, or the paper's "bias".
+        rounds: of the search, weights and activations in turn; none = 3, as in the paper.
+        candidates: biases tried for a format; none = 100, as in the paper.
+        search: what the candidates are multiples of: the largest value, "maxval" (none = this), or the paper's "bias".
         fold: quantize weights with the shifts' factors in them; "fpq" alone has any.
         samples: calibration rows (32 in the paper).
         tokens: how many of the samples' tokens the output error is measured on, evenly spread.
@@ -365,9 +365,9 @@ class LLMFP4(Modifier):
         weight_bits: int = 4,
         activation_bits: int = 4,
         method: Method = "fpq",
-        rounds: int = 3,
-        candidates: int = 100,
-        search: Search = "maxval",
+        rounds: int | None = None,
+        candidates: int | None = None,
+        search: Search | None = None,
         fold: bool = False,
         samples: int = 32,
         tokens: int = 1024,
@@ -375,6 +375,13 @@ class LLMFP4(Modifier):
         for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
             if not 3 <= bits <= 8:
                 raise FormwrightError(f"{name} is {bits}, but it must be from 3 to 8.")
+        searched = {"rounds": rounds, "candidates": candidates, "search": search}
+        idle = [name for name, value in searched.items() if value is not None]
+        if idle and method in ("minmax-fp", "minmax-int"):
+            raise FormwrightError(f"method={method!r} searches nothing: leave {idle[0]} out, or use fpq.")
+        rounds = 3 if rounds is None else rounds
+        candidates = 100 if candidates is None else candidates
+        search = "maxval" if search is None else search
         for name, choice, choices in (("method", method, Method), ("search", search, Search)):
             if choice not in get_args(choices):
                 raise FormwrightError(f"{name} is {choice!r}, but it must be one of {', '.join(get_args(choices))}.")
