@@ -6,7 +6,8 @@ Paper  RoBERTa-base on GLUE: up to 2.1 times fewer operations at a drop below 1 
 Here   A BERT of four layers and width 64, trained in place on film reviews (imdb) of at most 128 tokens; then the soft
        stage and the hard stage. Operations are counted, for each text without padding; the time is that of 100 test
        texts of 128 tokens, one by one, with and without pruning in turn, on one core.
-       Penalty and soft steps were set on seed 0 so that about half of the operations are left.
+       Penalty and soft steps were set on seeds 0 and 1, so that about half of the operations are left; the seeds here
+       are others, and none of them was looked at before.
 Fair   All three go on from the same trained model with the same number of further steps, rows and rate. `top-k` keeps
        the best-scored share of each text's own length, falling linearly over the layers, and is trained under its hard
        rule throughout; its final share is the one that spends what LTP spent on texts set aside. The release's rule,
@@ -50,7 +51,7 @@ RULE = (
     "in direction: mean share at most 0.7 and mean drop at most 0.02, or mean accuracy at least top-k's at a "
     "mean share no higher."
 )
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)
 
 LAYERS, WIDTH, LENGTH = {"smoke": 2, "full": 4}, {"smoke": 16, "full": 64}, {"smoke": 16, "full": 127}
 STEPS, SOFT, HARD = {"smoke": 3, "full": 200}, {"smoke": 3, "full": 40}, {"smoke": 3, "full": 100}
