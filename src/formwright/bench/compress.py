@@ -432,7 +432,7 @@ def search(bench: Bench, records: Records, *, max_drop: float, target: Target, b
         load_if_exists=True,
     )
     if not study.trials:
-        for group, specs in choices.items():
+        for group, specs in reversed(choices.items()):  # what changes no output comes first
             for spec in specs[1:]:
                 if group != "recover":  # there is nothing to recover from yet
                     study.enqueue_trial({name: spec if name == group else "" for name in choices})
@@ -476,7 +476,7 @@ def _exhausted(choices: Mapping[str, Sequence[str]], study: Any) -> bool:
 
 
 def _brief(bench: Bench, record: Record) -> str:
-    words = "slower" if record.extra["latency"] > 1 else "of the original's time"
+    words = "times the original's time: slower" if record.extra["latency"] > 1 else "of the original's time"
     return (
         f"{bench.metric.name} {record.metrics[bench.metric.name]:.4f} (drop {record.metrics['drop']:+.4f}), "
         f"{record.extra['latency']:.2f} {words}, {record.extra['size']:.2f} of its size"
