@@ -74,6 +74,25 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch, folder, rows) 
     assert len(list((tmp_path / "trials").iterdir())) <= 3
 
 
+def test_a_trial_killed_in_the_middle_runs_again(tmp_path, monkeypatch, folder, rows) -> None:
+    monkeypatch.setattr(bench, "GROUPS", {"width": ("prune(structure=neuron)", "prune(structure=head)")})
+    given = {"out": tmp_path, "max_drop": 0.9, "target": "params=0.9", "budget": "2"}
+    with monkeypatch.context() as stopped:
+        stopped.setattr(bench.Bench, "times", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(folder, None, rows, **given)
+    assert len(Records(tmp_path)) == 0
+    compress(folder, None, rows, **given)
+    assert {one.candidate["recipe"] for one in Records(tmp_path)} == set(bench.GROUPS["width"])
+
+
+def test_a_folder_of_another_run_is_refused_before_it_is_used(tmp_path, folder, rows) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"model": "another"}}))
+    with pytest.raises(FormwrightError, match="choose another folder"):
+        compress(folder, ["prune(structure=neuron)"], rows, out=tmp_path)
+    assert not (tmp_path / "original").exists()
+
+
 def record(name: str, drop: float, latency: float, status: str = "done") -> Record:
     extra = {"latency": latency, "size": 0.5, "params": 0.5}
     return Record(
