@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import formwright
 from formwright.bench import compress as bench
+from formwright.bench import judging
 from formwright.bench.compress import Budget, Target, compress
 from formwright.bench.records import Record, Records
 from formwright.cli import app
@@ -60,6 +61,18 @@ def test_a_recipe_makes_a_model_that_loads(tmp_path, folder, rows) -> None:
     assert "prune(structure=neuron, amount=0.5)" in page
     assert (result.folder / "recipe.yaml").exists()
     assert (result.folder / "tokenizer.json").exists()
+
+
+def test_trials_are_judged_on_as_many_rows_as_it_takes(tmp_path, monkeypatch, folder, rows) -> None:
+    monkeypatch.setattr(judging, "FLOOR", 10)
+    said: list[str] = []
+    result = compress(folder, ["prune(structure=neuron)"], rows, out=tmp_path, max_drop=0.9, told=said.append)
+    assert "Judging on 20 of 40 validation rows: enough to tell a loss of 0.9" in said
+    assert "the same 20 of 40 validation rows" in result.report.read_text()
+    (record,) = Records(tmp_path)
+    assert record.metrics["accuracy"] in [hits / 20 for hits in range(21)]
+    assert 0 <= record.extra["error"] < 0.3
+    assert result.test["chosen"] in [hits / 80 for hits in range(81)]  # all test rows
 
 
 def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch, folder, rows) -> None:

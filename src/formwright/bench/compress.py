@@ -1,7 +1,8 @@
 """Search for the fastest or smallest model within an allowed loss: the work behind `formwright compress`.
 
-A trial is a recipe: it is applied to a fresh copy of the model, and its quality on the validation rows, its time on
-batches of the user's own data in turns with the original, its parameters and its bytes are a line of records.jsonl.
+A trial is a recipe: it is applied to a fresh copy of the model, and its quality on validation rows (as many as it takes
+to tell the allowed loss, the same for all: bench/judging.py), its time on batches of the user's own data in turns with
+the original, its parameters and its bytes are a line of records.jsonl.
 Optuna proposes recipes (each method alone first, then combinations) and minimises loss and cost together; its study
 lies in search.db beside the records, so that a killed search goes on. The best recipe within the allowed loss is
 confirmed on test rows that no trial has seen.
@@ -23,6 +24,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
+from formwright.bench.judging import judging_on, standard_error
 from formwright.bench.measure import disk, forward_call, latency, parameters
 from formwright.bench.records import Record, Records, check_same_run, environment, key, read_run, write_run
 from formwright.build import Spec, build
@@ -36,6 +38,8 @@ from formwright.errors import FormwrightError, require
 from formwright.tasks.base import Metric, Task
 from formwright.tasks.support.own import read
 from formwright.training import evaluate
+from formwright.training.evaluation import Split, fetch, rows
+from formwright.training.items import Items
 
 Cost = Literal["latency", "size", "params"]
 Told = Callable[[str], None]
@@ -193,7 +197,11 @@ def compress(
         "seed": seed,
     }
     check_same_run(out, settings)  # before anything in the folder is used
-    bench = Bench.prepare(model, data, kind=task, text=text, label=label, seed=seed, folder=out, say=say)
+    bench = Bench.prepare(
+        model, data, kind=task, text=text, label=label, seed=seed, folder=out, max_drop=max_drop, say=say
+    )
+    if bench.judged < bench.held:
+        say(f"Judging on {bench.judged:,} of {bench.held:,} validation rows: enough to tell a loss of {max_drop:g}")
     write_run(out, {"settings": settings, "command": command, "budget": asdict(budget), **bench.facts()})
     with Records(out, write=True) as records:
         if given is None:
@@ -220,13 +228,17 @@ def _called(given: Any) -> str:
 class Bench:
     """The original model, its data, and what a candidate is measured by."""
 
-    def __init__(self, model: PreTrainedModel, data: Data, *, name: str, folder: Path, processor: Any = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, data: Data, *, name: str, folder: Path, max_drop: float, processor: Any = None
+    ) -> None:
         self.original = model.eval()
         self.data, self.name, self.folder, self.processor = data, name, folder, processor
-        self.task: Task = data.task  # type: ignore[assignment]
+        whole: Task = data.task  # type: ignore[assignment]
+        self.task = judging_on(whole, data.kind, max_drop, data.seed)
+        self.judged, self.held = (len(rows(one, "validation")) for one in (self.task, whole))  # type: ignore[arg-type]
         self.metric: Metric = self.task.main
-        self.batches = _batches(self.task)
-        self.quality = self.measure(self.original, "validation")
+        self.batches = _batches(whole)
+        self.quality, self.items = self.judge(self.original, "validation")
         self.size = disk(self.original)
         self.params = parameters(self.original)[0]
 
@@ -240,28 +252,29 @@ class Bench:
         label: str | None,
         seed: int,
         folder: Path,
+        max_drop: float,
         say: Told,
     ) -> "Bench":
         """Load the model, read the data, and fit a head where the model has none."""
         if isinstance(data, Data):
             if not isinstance(model, PreTrainedModel):
                 raise FormwrightError("With Data of your own, give the model itself, not its folder.")
-            return Bench(model, data, name=_called(model), folder=folder)
+            return Bench(model, data, name=_called(model), folder=folder, max_drop=max_drop)
         processor = None if isinstance(model, PreTrainedModel) else processor_of(model, kind)
         say("Reading the model and the data")
         opened = model if isinstance(model, PreTrainedModel) else open_model(model)
         if isinstance(data, Task):
-            rows = data
+            found = data
         elif processor is None:
             raise FormwrightError("Give the model's folder, so that its tokenizer is found, or data as a Task.")
         else:
             classes = {int(i): n for i, n in (opened.config.id2label or {}).items()} if has_head(opened) else None
-            rows = read(kind, data, processor, text=text, label=label, classes=classes, seed=seed)
+            found = read(kind, data, processor, text=text, label=label, classes=classes, seed=seed)
         kept = folder / "original"
         if (kept / "config.json").exists():
             original = load(kept)
         else:
-            original = ensure_head(opened, rows) if kind.endswith("classification") else opened
+            original = ensure_head(opened, found) if kind.endswith("classification") else opened
             draft = folder / "original.part"
             shutil.rmtree(draft, ignore_errors=True)
             original.save_pretrained(draft)
@@ -269,21 +282,30 @@ class Bench:
                 processor.save_pretrained(draft)
             shutil.rmtree(kept, ignore_errors=True)
             draft.rename(kept)
-        held = Data(task=rows, kind=kind, seed=seed, settings=rows.defaults.settings)
-        return Bench(original, held, name=_called(model), folder=folder, processor=processor)
+        held = Data(task=found, kind=kind, seed=seed, settings=found.defaults.settings)
+        return Bench(original, held, name=_called(model), folder=folder, max_drop=max_drop, processor=processor)
 
     def facts(self) -> dict[str, Any]:
         return {
             "metric": asdict(self.metric),
             "original": {"quality": self.quality, "params": self.params, "size": self.size},
+            "judged": {"rows": self.judged, "of": self.held},
             "environment": environment(),
             "created": time.strftime("%Y-%m-%d %H:%M"),
         }
 
-    def measure(self, model: PreTrainedModel, split: Literal["validation", "test"]) -> float:
+    def judge(self, model: PreTrainedModel, split: Split) -> tuple[float, Items | None]:
+        """Quality on a split, and what was right row by row; embeddings are judged all together."""
         if self.data.kind == "sentence-embedding":
-            return fidelity(model, self.original, self.task, split)[self.metric.name]
-        return evaluate(model, self.task, split, batch_size=32).metrics[self.metric.name]
+            return fidelity(model, self.original, self.task, split)[self.metric.name], None
+        found = evaluate(model, self.task, split, batch_size=32)
+        return found.metrics[self.metric.name], found.items
+
+    def error(self, items: Items | None) -> float | None:
+        """The standard error of what a candidate loses on the validation rows."""
+        if items is None or self.items is None:
+            return None
+        return standard_error(items, self.items, shares=self.metric.better == "higher")
 
     def drop(self, quality: float, original: float | None = None) -> float:
         """What is lost: a difference of shares, or the share by which a loss or perplexity grew."""
@@ -318,7 +340,7 @@ class Bench:
         about = {"key": name, "task": self.task.name, "candidate": {"recipe": recipe.label()}, "config": config}
         try:
             model, changes = run_recipe(copy.deepcopy(self.original), recipe, self.data, folder=place)
-            quality = self.measure(model, "validation")
+            quality, items = self.judge(model, "validation")
             took, ratio = self.times(model)
             record = Record(
                 **about,
@@ -330,6 +352,7 @@ class Bench:
                 seconds=time.perf_counter() - start,
                 environment=environment(probe=False),
                 extra={
+                    "error": self.error(items),
                     "latency": ratio,
                     "size": disk(model) / self.size,
                     "params": changes[-1].parameters[1] / changes[0].parameters[0],
@@ -392,8 +415,6 @@ def processor_of(model: str | Path, kind: Kind) -> Any:
 
 def _batches(task: Task) -> list[dict[str, Tensor]]:
     """Validation rows as a user would send them: in the order they come."""
-    from formwright.training.evaluation import fetch, rows
-
     held = rows(task, "validation")
     count = min(len(held), 32 * BATCHES)  # type: ignore[arg-type]
     places = torch.arange(count).split(32)
@@ -511,7 +532,7 @@ def finish(
     bench: Bench, records: Records, chosen: Record | None, target: Target, max_drop: float, out: Path
 ) -> Compressed:
     """Confirm the choice on the test rows, save it, and say what was found."""
-    before = bench.measure(bench.original, "test")
+    before = bench.judge(bench.original, "test")[0]
     name = bench.metric.name
     done = [one for one in records if one.status == "done"]
     if chosen is None:
@@ -527,7 +548,7 @@ def finish(
         ratio = 1.0
     else:
         model = bench.reopen(chosen)
-        after = bench.measure(model, "test")
+        after = bench.judge(model, "test")[0]
         ratio = chosen.extra[target.cost]
         if target.cost == "latency":
             ratio = bench.times(model)[1]  # once more: the best of many timings flatters

@@ -53,6 +53,7 @@ def _facts(run: dict[str, Any], records: list[Record]) -> str:
     settings, original, where = run["settings"], run["original"], run.get("environment", {})
     facts = {
         "Recipes tried": len(records),
+        "Judged on": f"{run['judged']['rows']:,} of {run['judged']['of']:,} validation rows",
         "Allowed loss": f"{settings['max_drop']:g}",
         "Target": f"{settings['target']['cost']} {settings['target']['ratio']:g}",
         "Original": f"{run['metric']['name']} {original['quality']:.4f}",
@@ -79,17 +80,18 @@ def _table(run: dict[str, Any], done: list[Record]) -> str:
     for one in done:
         drop, spent = one.metrics["drop"], one.extra
         says = "; ".join(change["says"] for change in spent["changes"])
+        loss = _number(drop, "+.4f") + ("" if spent["error"] is None else f" ± {spent['error']:.4f}")
         side = "worse" if drop is None or drop > allowed else "better"
         slower = ' <span class="tag">slower</span>' if spent["latency"] > 1 else ""
         lines.append(
             f'<tr><td class="text">{text(one.candidate["recipe"])}{slower}</td><td>{_number(one.metrics[metric])}</td>'
-            f'<td class="{side}">{_number(drop, "+.4f")}</td><td>{1 / spent["latency"]:.2f} ×</td>'
+            f'<td class="{side}">{loss}</td><td>{1 / spent["latency"]:.2f} ×</td>'
             f"<td>{spent['latency']:.2f}</td><td>{spent['size']:.2f}</td><td>{spent['params']:.2f}</td>"
             f'<td class="text reason">{text(says)}</td></tr>'
         )
     note = (
         "Quality on validation rows. Time, size and numbers as shares of the original's; time on batches of the user's "
-        "rows, both models in turns. Numbers in the loss are green within what is allowed."
+        "rows, both models in turns. The loss is given with its standard error, and is green within what is allowed."
     )
     return (
         f'<section><h2>Recipes</h2><div class="scroll"><table id="results"><thead><tr>{head}</tr></thead>'
@@ -149,9 +151,16 @@ def _left_out(others: list[Record]) -> str:
 
 def _method(run: dict[str, Any]) -> str:
     test = run.get("result", {}).get("test")
+    judged = run["judged"]
+    rows = f"the {judged['rows']:,} validation rows"
+    if judged["rows"] < judged["of"]:
+        rows = (
+            f"the same {judged['rows']:,} of {judged['of']:,} validation rows (enough to tell the allowed loss to "
+            "about a third; drawn once, every class by its share)"
+        )
     said = [
-        "Every recipe was applied to a fresh copy of the original and judged on validation rows; the chosen one was "
-        "then read once on test rows that no trial had seen, and timed once more.",
+        f"Every recipe was applied to a fresh copy of the original and judged on {rows}; the chosen one was then read "
+        "once on the test rows, which no trial had seen, and timed once more.",
         "Time is the median over rounds in which original and candidate took turns on the same batches.",
     ]
     if test:

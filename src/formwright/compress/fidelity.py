@@ -17,6 +17,7 @@ from formwright.errors import FormwrightError
 from formwright.training.evaluation import Split, Trainable, fetch, rows
 
 NEAREST = 10
+MOST = 2000  # texts: their pairs grow with the square
 
 
 def fidelity(
@@ -26,13 +27,13 @@ def fidelity(
     split: Split = "test",
     *,
     batch_size: int = 64,
-    most: int = 2000,
+    most: int = MOST,
 ) -> dict[str, float]:
     """Both numbers over a split's texts.
 
     Args:
         model, original: give `last_hidden_state` for a batch of the task.
-        most: texts compared; of more, evenly spread ones are taken (the pairs grow with the square).
+        most: texts compared; of more, evenly spread ones are taken.
 
     Raises:
         FormwrightError: fewer than three texts, or a model without hidden states.
@@ -43,7 +44,7 @@ def fidelity(
 
 @torch.no_grad()
 def embeddings(
-    model: nn.Module, task: Trainable, split: Split = "test", *, batch_size: int = 64, most: int = 2000
+    model: nn.Module, task: Trainable, split: Split = "test", *, batch_size: int = 64, most: int = MOST
 ) -> Float[Tensor, "texts d"]:
     """A vector a text, in the split's order. The model's mode is left as it was.
 
