@@ -16,6 +16,7 @@ from formwright.bench import judging
 from formwright.bench.compress import Budget, Target, compress
 from formwright.bench.records import Record, Records
 from formwright.cli import app
+from formwright.compress.export import OnnxRunner
 from formwright.errors import FormwrightError
 
 WORDS = ["good", "bad", "film", "the", "a", "was", "plot", "actor", "very", "dull", "fine", "great"]
@@ -161,6 +162,29 @@ def test_the_command_prints_json(tmp_path, folder, rows) -> None:
     assert run("report", out)[0] == 0
 
 
+def test_the_chosen_model_is_written_for_other_runtimes(tmp_path, folder, rows) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    given = ["compress", folder, "--data", rows, "--max-drop", 0.9, "--out", tmp_path / "run"]
+    (tmp_path / "one.yaml").write_text("steps: [{prune: {structure: neuron, amount: 0.25}}]")
+    code, said = run(*given, "--recipe", tmp_path / "one.yaml", "--export", "onnx", "--json")
+    assert code == 0, said
+    found = json.loads(said[said.index("{") :])
+    assert Path(found["exports"]["onnx"]) == tmp_path / "run" / "onnx" / "model.onnx"
+    assert any("ONNX Runtime" in one for one in found["sentences"])
+    assert "ONNX Runtime" in (tmp_path / "run" / "report.html").read_text()
+    model, ids = formwright.load(found["folder"]), torch.tensor([[4, 5, 6, 7]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    got = OnnxRunner(tmp_path / "run" / "onnx")(**batch).logits
+    torch.testing.assert_close(got, model(**batch).logits.detach(), atol=1e-5, rtol=1e-4)
+    (tmp_path / "two.yaml").write_text("steps: [{padding-free: {}}]")
+    code, said = run(*given, "--recipe", tmp_path / "two.yaml", "--export", "onnx")
+    assert code == 0, said
+    assert "For ONNX Runtime nothing was written. The model is run by padding-free" in said
+    assert not (tmp_path / "run" / "onnx").exists()
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
 def bad_inputs(folder: Path, rows: Path, place: Path) -> dict[str, list[object]]:
     one = place / "one.csv"
     one.write_text("text,label\n" + "\n".join(f"good film {i},yes" for i in range(50)))
@@ -181,6 +205,7 @@ def bad_inputs(folder: Path, rows: Path, place: Path) -> dict[str, list[object]]
         "target": [folder, "--data", rows, "--target", "latency=0.001"],
         "recipe": [folder, "--data", rows, "--recipe", other],
         "method": [folder, "--data", rows, "--recipe", place / "none.yaml"],
+        "export": [folder, "--data", rows, "--export", "onnx,tflite"],
         "drop": [folder, "--data", rows, "--max-drop", "7"],
     }
 
@@ -188,7 +213,7 @@ def bad_inputs(folder: Path, rows: Path, place: Path) -> dict[str, list[object]]
 BAD = ("no model", "no model in it", "cut in half", "no such data", "one class", "column", "target", "recipe", "method")
 
 
-@pytest.mark.parametrize("name", [*BAD, "drop"])
+@pytest.mark.parametrize("name", [*BAD, "drop", "export"])
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, folder, rows, name: str) -> None:
     code, said = run("compress", *bad_inputs(folder, rows, tmp_path)[name], "--out", tmp_path / "run")
     last = said.strip().splitlines()[-1]

@@ -10,6 +10,8 @@ from transformers import (
     LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from formwright.compress import export as exporting
@@ -47,6 +49,43 @@ def test_the_file_gives_the_models_outputs_at_another_shape(tmp_path, make, form
     torch.testing.assert_close(got[keep], wanted[keep], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_token_types_are_an_input_and_zero_where_none_are_given(tmp_path, format):
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[format])
+    model = bert()
+    with torch.no_grad():
+        for weight in model.parameters():  # large enough for the types to matter
+            weight.mul_(10 if weight.ndim == 2 else 1)
+    export(model, tmp_path, format)
+    run = {"onnx": OnnxRunner, "openvino": OpenVinoRunner}[format](tmp_path)
+    batch = exporting._batch(model, 2, 7)
+    assert batch["token_type_ids"].any()
+    untyped = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    with torch.no_grad():
+        typed, zeros = model(**batch).logits, model(**untyped).logits
+    assert not torch.allclose(typed, zeros, atol=1e-3)
+    torch.testing.assert_close(run(**batch).logits, typed, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(**untyped).logits, zeros, atol=1e-5, rtol=1e-4)
+
+
+class Sorted(torch.nn.Module):
+    """Branches on the values, which no exported graph can."""
+
+    def forward(self, hidden):
+        return hidden.sort(1).values if hidden.sum() > 0 else hidden
+
+
+def test_what_the_exporter_raises_is_one_sentence(tmp_path):
+    pytest.importorskip("openvino")
+    model = bert()
+    model.bert.pooler = torch.nn.Sequential(model.bert.pooler, Sorted())
+    with pytest.raises(FormwrightError, match="BertForSequenceClassification cannot be written for OpenVINO") as told:
+        export(model, tmp_path, "openvino")
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_different_outputs_are_an_error(tmp_path):
     pytest.importorskip("openvino")
     model = bert()
@@ -62,6 +101,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export(bert(), tmp_path, "onnx", "float16")
     with pytest.raises(FormwrightError, match="float32 model"):
         export(bert().bfloat16(), tmp_path)
+    with pytest.raises(FormwrightError, match="no format"):
+        exporting.ready("tflite")
+    sound = Wav2Vec2Config(vocab_size=12, conv_dim=(8,), conv_kernel=(4,), conv_stride=(4,), **SMALL)
+    with pytest.raises(FormwrightError, match="reads input_values"):
+        export(Wav2Vec2ForCTC(sound), tmp_path)
     with pytest.raises(FormwrightError, match="holds no"):
         OpenVinoRunner(tmp_path) if pytest.importorskip("openvino") else None
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,7 @@ from formwright.bench.judging import judging_on, standard_error
 from formwright.bench.measure import disk, forward_call, latency, parameters
 from formwright.bench.records import Record, Records, check_same_run, environment, key, read_run, write_run
 from formwright.build import Spec, build
+from formwright.compress import export as exporting
 from formwright.compress.fidelity import fidelity
 from formwright.compress.finetune import ensure_head
 from formwright.compress.modifier import Data, Kind
@@ -125,6 +126,8 @@ class Compressed:
         confirmed: whether its loss on the test rows is within the allowed one.
         sentences: what was found, for people.
         report: the HTML file.
+        test: quality on test rows of the original and the chosen, and the cost's ratio.
+        exports: the file of every format that was asked for; none where it could not be written.
     """
 
     model: PreTrainedModel
@@ -135,6 +138,7 @@ class Compressed:
     sentences: list[str]
     report: Path | None
     test: dict[str, float]
+    exports: dict[str, Path | None] = field(default_factory=dict)
 
 
 def compress(
@@ -149,6 +153,7 @@ def compress(
     budget: str | Budget = "30m",
     text: str | None = None,
     label: str | None = None,
+    export: Sequence[str] = (),
     seed: int = 0,
     command: str = "",
     told: Told | None = None,
@@ -166,6 +171,7 @@ def compress(
         target: latency=0.5, size=0.25 or params=0.5, as shares of the original's.
         budget: 30m, 90s, 2h or a number of trials.
         text, label: the columns of a table, where their names do not tell.
+        export: formats to write the chosen model in besides: onnx, openvino.
         seed: of splits, training and search.
         told: called with a sentence about what is going on.
 
@@ -180,6 +186,8 @@ def compress(
     budget = Budget.read(budget) if isinstance(budget, str) else budget
     if not 0 <= max_drop < 1:
         raise FormwrightError(f"max_drop is {max_drop:g}: choose a share from 0 to below 1, such as 0.01.")
+    for format in export:
+        exporting.ready(format)
     given = None if recipe is None else Recipe.read(recipe)
     if given is not None:
         given.modifiers()  # a wrong option is told before hours of work
@@ -213,6 +221,9 @@ def compress(
                 raise FormwrightError(f"{given.label()}: {record.error}")
         chosen = choose(records, target, max_drop) if given is None else record
         result = finish(bench, records, chosen, target, max_drop, out)
+    if export:
+        say(f"Exporting to {' and '.join(export)}")
+    result = replace(result, **exported(result, export, out))
     write_run(out, {**(read_run(out) or {}), "result": {"sentences": result.sentences, "test": result.test}})
     return replace(result, report=report(out))
 
@@ -582,6 +593,24 @@ def finish(
         report=None,
         test={"original": before, "chosen": after, "ratio": ratio},
     )
+
+
+def exported(result: Compressed, formats: Sequence[str], out: Path) -> dict[str, Any]:
+    """The chosen model in other formats, those of an earlier choice removed: their files and what is to be said."""
+    files: dict[str, Path | None] = {}
+    said = list(result.sentences)
+    for format, title in exporting.TITLES.items():
+        shutil.rmtree(out / format, ignore_errors=True)
+        if format not in formats:
+            continue
+        try:
+            files[format] = exporting.export(result.model, out / format, format)  # type: ignore[arg-type]
+            said.append(f"For {title}: {files[format]}, its outputs compared with the model's.")
+        except FormwrightError as wrong:
+            shutil.rmtree(out / format, ignore_errors=True)
+            files[format] = None
+            said.append(f"For {title} nothing was written. {wrong}")
+    return {"exports": files, "sentences": said}
 
 
 def _share(target: Target, ratio: float) -> str:

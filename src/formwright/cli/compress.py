@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from formwright.build import split_list
+
 
 class Task(StrEnum):
     text_classification = "text-classification"
@@ -37,6 +39,10 @@ def compress(
     ] = "latency=0.5",
     budget: Annotated[str, typer.Option(help="30m, 90s, 2h, or a number of trials.")] = "30m",
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe to run in place of a search.")] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx,openvino: write the chosen model for these runtimes too. May be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of splits, training and search.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of sentences.")] = False,
 ) -> None:
@@ -63,6 +69,7 @@ def compress(
             budget=budget,
             text=text,
             label=label,
+            export=[format for one in export or () for format in split_list(one)],
             seed=seed,
             command=command,
             told=lambda sentence: typer.echo(sentence, err=True),
@@ -78,6 +85,7 @@ def compress(
             "met": result.met,
             "confirmed": result.confirmed,
             "test": result.test,
+            "exports": {format: None if path is None else str(path) for format, path in result.exports.items()},
             "sentences": result.sentences,
             "report": str(result.report),
         }

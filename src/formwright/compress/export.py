@@ -4,7 +4,8 @@
     run = OnnxRunner("out")
     run(input_ids=..., attention_mask=...).logits
 
-Batch and length stay free. Encoders with or without a head and causal language models (without a cache) go through
+Batch and length stay free. Token types are an input where the model tells several apart; a runner that gets none takes
+the first, as the model does. Encoders with or without a head and causal language models (without a cache) go through
 torch.export; what the file computes is compared with the model on random padded batches before the path is returned.
 """
 
@@ -17,27 +18,33 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from formwright.compress.structure import EXECUTOR
+from formwright.compress.structure import EXECUTOR, first_line
 from formwright.errors import FormwrightError, require
 
 Format = Literal["onnx", "openvino"]
 Precision = Literal["float32", "float16"]
 
 FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
+TITLES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+TYPES = "token_type_ids"
 SHAPES = ((2, 9), (1, 1), (3, 17))  # batch and length of the comparison
 ALLOWED = {"float32": 1e-4, "float16": 2e-2}  # largest difference, as a share of the largest output
 
 
 class Text(nn.Module):
-    """The model as a function of ids and mask alone. The mask is an input: left out, padding would be lost for good."""
+    """The model as a function of ids and mask, and of token types where it tells them apart. The mask is an input: left
+    out, padding would be lost for good.
+    """
 
     def __init__(self, model: PreTrainedModel, output: str) -> None:
         super().__init__()
         self.model, self.output = model, output
         self.extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **self.extra)[self.output]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types, **self.extra)[self.output]
 
 
 class Image(nn.Module):
@@ -87,6 +94,8 @@ def _file(folder: str | Path, format: Format) -> str:
 
 
 def _inputs(names: list[str], batch: dict[str, Tensor]) -> dict:
+    if TYPES in names and TYPES not in batch and "input_ids" in batch:
+        batch = {**batch, TYPES: torch.zeros_like(batch["input_ids"])}
     if set(names) != set(batch):
         raise FormwrightError(f"The exported model takes {', '.join(names)}, got {', '.join(batch)}.")
     return {name: batch[name].cpu().numpy() for name in names}
@@ -105,8 +114,9 @@ def export(
     Raises:
         FormwrightError: the model cannot be exported, a package is missing, or the outputs differ.
     """
-    if format not in get_args(Format) or precision not in get_args(Precision):
-        raise FormwrightError(f"No export to {format!r} in {precision!r}: use onnx or openvino, float32 or float16.")
+    ready(format)
+    if precision not in get_args(Precision):
+        raise FormwrightError(f"{precision!r} is no precision of an export: use float32 or float16.")
     if format == "onnx" and precision != "float32":
         raise FormwrightError("ONNX files are written in float32: leave precision out, or use format='openvino'.")
     executor = getattr(model, EXECUTOR, None)
@@ -116,9 +126,10 @@ def export(
         raise FormwrightError("Only a float32 model on the CPU is exported: call model.float().cpu() first.")
     if model.config.is_encoder_decoder:
         raise FormwrightError("Encoder-decoder models are not exported: export their encoder.")
-    if format == "onnx":
-        require("onnxscript", extra="onnx")
-    require({"onnx": "onnxruntime", "openvino": "openvino"}[format], extra=format)
+    if model.main_input_name not in ("input_ids", "pixel_values"):
+        raise FormwrightError(
+            f"{type(model).__name__} reads {model.main_input_name}: only texts and images are exported."
+        )
     path = Path(folder) / FILES[format]
     path.parent.mkdir(parents=True, exist_ok=True)
     training = model.training
@@ -127,13 +138,26 @@ def export(
         with torch.no_grad():
             _write(model, path, format, precision)
             _compare(model, {"onnx": OnnxRunner, "openvino": OpenVinoRunner}[format](folder), ALLOWED[precision])
-    except BaseException:  # what was not found equal is not left to be used
+    except BaseException as wrong:  # what was not found equal is not left to be used
         for part in (path, path.with_suffix(".bin")):
             part.unlink(missing_ok=True)
-        raise
+        if isinstance(wrong, FormwrightError) or not isinstance(wrong, Exception):
+            raise
+        raise FormwrightError(
+            f"{type(model).__name__} cannot be written for {TITLES[format]} ({type(wrong).__name__}: "
+            f"{first_line(wrong)}): take another format, or leave the export out."
+        ) from wrong
     finally:
         model.train(training)
     return path
+
+
+def ready(format: str) -> None:
+    """Raise what stands in the way of any export to this format: it is unknown, or a package is missing."""
+    if format not in get_args(Format):
+        raise FormwrightError(f"{format!r} is no format of an export: use {' or '.join(get_args(Format))}.")
+    for package in PACKAGES[format]:
+        require(package, extra=format)
 
 
 def _write(model: PreTrainedModel, path: Path, format: Format, precision: Precision) -> None:
@@ -177,7 +201,10 @@ def _batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
     ids = torch.randint(2, model.config.vocab_size, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[1:, length - length // 3 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if TYPES in inspect.signature(model.forward).parameters and getattr(model.config, "type_vocab_size", 1) > 1:
+        batch[TYPES] = torch.randint(0, model.config.type_vocab_size, (rows, length), generator=generator)
+    return batch
 
 
 def _compare(model: PreTrainedModel, run: OnnxRunner | OpenVinoRunner, allowed: float) -> None:

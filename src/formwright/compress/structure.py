@@ -483,7 +483,7 @@ def _read(cls: Any, folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     except OSError as wrong:
         raise FormwrightError(f"{folder} holds no weights as safetensors: save the model again.") from wrong
     except (RuntimeError, KeyError, TypeError, AttributeError) as wrong:
-        raise FormwrightError(f"The model in {folder} cannot be rebuilt: {_first_line(wrong)}.") from wrong
+        raise FormwrightError(f"The model in {folder} cannot be rebuilt: {first_line(wrong)}.") from wrong
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             names = sorted(str(one) for one in report[what])
@@ -494,5 +494,6 @@ def _read(cls: Any, folder: Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, of an exception that may say it at length."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
