@@ -34,7 +34,7 @@ def _served(kernel: Callable[..., int] | None, *tensors: Tensor) -> bool:
 
 
 def varlen_attention(
-    qkv: Float[Tensor, "t (3*h*c)"],
+    qkv: Float[Tensor, "t qkv"],
     cu_seqlens: Int[Tensor, " s"],
     *,
     heads: int,
@@ -43,7 +43,7 @@ def varlen_attention(
     rotation: Rotation | None = None,
     window: int | None = None,
     weigh: bool = False,
-) -> tuple[Float[Tensor, "t (h*c)"], Float[Tensor, " t"] | None]:
+) -> tuple[Float[Tensor, "t e"], Float[Tensor, " t"] | None]:
     """Bidirectional softmax attention of every text within itself.
 
     Args:
@@ -103,7 +103,7 @@ def varlen_attention(
 
 
 def varlen_attention_reference(
-    qkv: Float[Tensor, "t (3*h*c)"],
+    qkv: Float[Tensor, "t qkv"],
     cu_seqlens: Int[Tensor, " s"],
     *,
     heads: int,
@@ -112,7 +112,7 @@ def varlen_attention_reference(
     rotation: Rotation | None = None,
     window: int | None = None,
     weigh: bool = False,
-) -> tuple[Float[Tensor, "t (h*c)"], Float[Tensor, " t"] | None]:
+) -> tuple[Float[Tensor, "t e"], Float[Tensor, " t"] | None]:
     """The same as one call of PyTorch a text."""
     tokens, width = len(qkv), qkv.shape[1] // (3 * heads)
     mixed = qkv.new_empty(tokens, heads * width)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, DistilBertConfig, ElectraConfig, RobertaConfig
+from transformers import AutoModel, BertConfig, ElectraConfig, RobertaConfig, ViTConfig
 
 from formwright.compress.runtime.packed import PackedEncoder
 from formwright.errors import FormwrightError
@@ -58,6 +58,6 @@ def test_a_policy_drops_a_sequence_and_then_tokens():
 
 
 def test_an_unknown_family_is_refused():
-    config = DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=50)
-    with pytest.raises(FormwrightError, match="distilbert"):
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16)
+    with pytest.raises(FormwrightError, match="vit"):
         PackedEncoder(AutoModel.from_config(config))

@@ -8,12 +8,12 @@ Idea     The real tokens of a padded batch are packed into one matrix once, befo
     cu_seqlens  exclusive cumulative sum of the lengths, (b + 1,)
     cost        of the layers' linear parts t instead of b n, of attention the sum of squared lengths instead of b n^2
 
-Differs  Padding places come out as zeros (the padded model leaves there what no one should read). The paper's fused
-         CUDA kernels are not here: layers run as PyTorch operations, attention is one fused call a text. With
-         precision="bfloat16" weights and products are bfloat16, which is no longer exact.
+Differs  Padding places come out as zeros (the padded model leaves there what no one should read). The paper's kernels
+         are for GPUs, ours for CPUs (packed.py). With precision="bfloat16" weights and products are bfloat16, which is
+         no longer exact.
 
 The model's own forward takes over where gradients, hidden states, attentions or another than a 2-dimensional mask are
-asked for.
+asked for, and for a text with holes in a family whose attention knows distances (MPNet, ModernBERT).
 """
 
 import inspect
@@ -22,14 +22,15 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import ModelOutput
 
 from formwright.compress.modifier import Modifier
-from formwright.compress.runtime.packed import PackedEncoder
-from formwright.compress.structure import Executor, attach
+from formwright.compress.runtime import encoders
+from formwright.compress.runtime.packed import PackedEncoder, sums
+from formwright.compress.structure import PREFIX, Executor, attach
 
 EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
 OURS = (*EMBEDDED, "attention_mask", "return_dict", "labels")
@@ -74,32 +75,30 @@ class PaddingFree(Executor):
     def serves(self, model: PreTrainedModel, given: dict[str, Any]) -> bool:
         """Whether this call can be run here."""
         asked = {name for name, value in given.items() if value is not None and value is not False}
-        mask = given.get("attention_mask")
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
         config = model.config
         return (
             asked <= set(OURS)
-            and given.get("input_ids") is not None
-            and isinstance(mask, Tensor)
-            and mask.ndim == 2
+            and isinstance(ids, Tensor)
+            and ids.ndim == 2
+            and (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape))
             and not torch.is_grad_enabled()
             and not model.training
             and not getattr(config, "output_hidden_states", False)
             and not getattr(config, "output_attentions", False)
             and not torch.compiler.is_compiling()
+            and (mask is None or encoders.allows_holes(family_of(model)) or not has_holes(mask.bool()))
         )
 
-    def encode(self, base: PreTrainedModel, given: dict[str, Any]) -> BaseModelOutputWithPooling:
-        """Embed, pack, run the layers, unpack, pool."""
-        hidden = base.embeddings(**{name: given[name] for name in EMBEDDED if given.get(name) is not None})
-        if hasattr(base, "embeddings_project"):
-            hidden = base.embeddings_project(hidden)
-        real = given["attention_mask"].bool()
-        lengths = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
-        states = unpack(self.engine(base).run(hidden[real], lengths), real)
-        pooler = getattr(base, "pooler", None)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=states, pooler_output=None if pooler is None else pooler(states)
-        )
+    def encode(self, base: PreTrainedModel, given: dict[str, Any]) -> ModelOutput:
+        """Embed real tokens, run the layers, unpack, pool."""
+        engine, family, ids, mask = self.engine(base), family_of(base), given["input_ids"], given.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        places, lengths = word_places(real), real.sum(1).cpu()
+        hidden = encoders.embed(base, family, given, places)
+        longest = int(lengths.max()) if len(lengths) else 0
+        packed = engine.run(hidden, sums(lengths), positions=encoders.positions(base, family, longest, engine.depth))
+        return encoders.finish(base, unpack(packed, places, real.shape))
 
     def engine(self, base: PreTrainedModel) -> PackedEncoder:
         """Of this very model; a copy of a model makes its own."""
@@ -113,11 +112,27 @@ class PaddingFree(Executor):
         return made.train(self.training)
 
 
-def unpack(packed: Float[Tensor, "t d"], real: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+def family_of(model: PreTrainedModel) -> str:
+    """Of a changed model too."""
+    return model.config.model_type.removeprefix(PREFIX)
+
+
+def has_holes(real: Bool[Tensor, "b n"]) -> bool:
+    """Whether real tokens of a text stand apart."""
+    return bool((real.long().diff(dim=1) != 0).sum(1).gt(1 + (~real[:, 0]).long()).any())
+
+
+def word_places(real: Bool[Tensor, "b n"]) -> Int[Tensor, " t"]:
+    """Where in the flattened batch the real tokens stand."""
+    return real.flatten().nonzero().squeeze(1)
+
+
+def unpack(
+    packed: Float[Tensor, "t d"], places: Int[Tensor, " t"], shape: tuple[int, int] | torch.Size
+) -> Float[Tensor, "b n d"]:
     """Tokens back in their places, zeros elsewhere."""
-    whole = packed.new_zeros(*real.shape, packed.shape[-1])
-    whole[real] = packed
-    return whole
+    whole = packed.new_zeros(shape[0] * shape[1], packed.shape[-1])
+    return whole.index_copy_(0, places, packed).view(*shape, packed.shape[-1])
 
 
 class PaddingFreeExecution(Modifier):

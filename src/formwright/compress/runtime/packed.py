@@ -1,21 +1,27 @@
-"""The layers of an encoder on real tokens alone, one after the other without padding.
+"""The layers of an encoder on real tokens alone, one text after the other without padding.
 
 Paper    Zhai et al.: ByteTransformer (IPDPS 2023), arXiv:2210.03052.
 Idea     The real tokens of a batch are one (t, d) matrix. What works on single tokens sees no padding; attention runs
-         in each sequence, tokens cu_seqlens[i] to cu_seqlens[i + 1].
+         in each text, tokens cu_seqlens[i] to cu_seqlens[i + 1]. What follows another at once is one operation:
 
-A policy may drop tokens or whole sequences between the layers:
+             q, k, v          one product
+             attention        one call for all texts and heads, scores stay in the cache (ops/varlen.py)
+             up, activation   one product with the activation in its epilogue
+             residual, norm   one pass
+
+         Weights of products are laid out for the processor once (oneDNN), not at every call.
+Differs  The paper has CUDA kernels; ours are for CPUs, and plain PyTorch operations serve other devices and dtypes.
+
+A policy may drop tokens or whole texts between layers that normalise after the residual:
     after_attention(layer, hidden, received)   -> keep, one boolean a token, or None for all. `hidden` has passed the
                                                   attention, its residual and norm; `received` (t,) is the attention a
-                                                  token got, averaged over heads and the queries of its sequence.
-    after_layer(layer, hidden, cu_seqlens)     -> keep, one boolean a sequence, or None for all.
+                                                  token got, averaged over heads and the queries of its text.
+    after_layer(layer, hidden, cu_seqlens)     -> keep, one boolean a text, or None for all.
 What is dropped is gone from the later layers and from what `run` returns: a policy keeps what it still needs.
-Differs  Serves layers that normalise after the residual (BERT, RoBERTa, ELECTRA) without a position bias. Attention is
-         one call of PyTorch a sequence.
 """
 
-from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +30,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from formwright.compress.anatomy import describe
+from formwright.compress.anatomy import Layer, describe
 from formwright.errors import FormwrightError
+from formwright.ops.varlen import Rotation, add_norm, varlen_attention
 
-FAMILIES = ("bert", "roberta", "electra")
+FAMILIES = ("bert", "roberta", "electra", "distilbert", "mpnet", "albert", "modernbert")
+FUSED = {  # activations that a product of oneDNN can end with: its name there, and which form
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "swish": ("swish", ""),
+}
 
 
 @runtime_checkable
@@ -40,7 +55,15 @@ class Policy(Protocol):
 
     def after_layer(
         self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"]
-    ) -> Bool[Tensor, " sequences"] | None: ...
+    ) -> Bool[Tensor, " texts"] | None: ...
+
+
+class Positions(NamedTuple):
+    """What attention knows of places in a layer, for the longest text of a batch."""
+
+    bias: Float[Tensor, "h n n"] | None = None
+    rotation: Rotation | None = None
+    window: int | None = None
 
 
 class PackedEncoder:
@@ -59,53 +82,225 @@ class PackedEncoder:
                 f"Padding-free execution cannot run this {family!r} model: use one of {', '.join(FAMILIES)} whose "
                 "attentions and feed-forwards are its own."
             )
-        self.model, self.layers = model, anatomy.layers
+        self.norm_first = anatomy.layers[0].norm_first
+        self._model = model
+        self._layers = tuple(_in_running_order(anatomy.layers))
+        self.depth = len(self._layers)
+        self._final = anatomy.final_norm
+        self._prepared: tuple[list[_PackedLayer], _PackedNorm | None] | None = None
+        self._watch: _Watch | None = None
 
+    @torch.no_grad()
     def run(
-        self, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"], policy: Policy | None = None
+        self,
+        hidden: Float[Tensor, "t d"],
+        cu_seqlens: Int[Tensor, " s"],
+        policy: Policy | None = None,
+        positions: Sequence[Positions] | None = None,
     ) -> Float[Tensor, "t2 d"]:
-        """The tokens after the last layer, fewer where `policy` dropped some. `cu_seqlens` runs from 0 to t."""
-        for number, layer in enumerate(self.layers):
-            attention, feedforward = layer.attention, layer.feedforward
-            q, k, v = (
-                self._module(path)(hidden).unflatten(-1, (attention.heads, -1))
-                for path in (attention.query, attention.key, attention.value)
-            )
-            mixed, received = _attend(q, k, v, cu_seqlens, policy is not None)
-            hidden = self._module(attention.norm)(hidden + self._module(attention.output)(mixed.flatten(1)))
-            if policy is not None and (keep := policy.after_attention(number, hidden, received)) is not None:
-                hidden, cu_seqlens = _drop(hidden, cu_seqlens, keep)
-            inner = ACT2FN[feedforward.activation](self._module(feedforward.up)(hidden))
-            hidden = self._module(feedforward.norm)(hidden + self._module(feedforward.down)(inner))
-            if policy is not None and (stay := policy.after_layer(number, hidden, cu_seqlens)) is not None:
-                hidden, cu_seqlens = hidden[stay.repeat_interleave(cu_seqlens.diff())], _sums(cu_seqlens.diff()[stay])
-        return hidden
+        """The tokens after the last layer and its norm, fewer where `policy` dropped some.
 
-    def _module(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
-
-
-def _attend(
-    q: Float[Tensor, "t h c"], k: Float[Tensor, "t h c"], v: Float[Tensor, "t h c"], cu_seqlens: Tensor, weigh: bool
-) -> tuple[Float[Tensor, "t h c"], Float[Tensor, " t"] | None]:
-    """Attention in each sequence, and with `weigh` the mean attention every token received."""
-    mixed, received = torch.empty_like(q), q.new_zeros(len(q)) if weigh else None
-    border = cu_seqlens.tolist()
-    for start, end in pairwise(border):
-        if start == end:
-            continue
-        one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        mixed[start:end] = F.scaled_dot_product_attention(one_q, one_k, one_v)[0].transpose(0, 1)
-        if weigh:
-            scores = one_q @ one_k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            received[start:end] = scores.softmax(-1).mean((0, 1, 2))
-    return mixed, received
+        Args:
+            cu_seqlens: int64 on the CPU, from 0 to t.
+            positions: one a layer, where the family has any.
+        """
+        if self._watch is None or self._watch.changed():
+            self._watch = _Watch(self._model)
+            made = {path: _PackedLayer(self._model, layer) for path, layer in {x.path: x for x in self._layers}.items()}
+            final = None if self._final is None else _PackedNorm(self._model.get_submodule(self._final))
+            self._prepared = [made[layer.path] for layer in self._layers], final
+        assert self._prepared is not None
+        layers, final = self._prepared
+        places = positions or [Positions()] * len(layers)
+        if self.norm_first:
+            if policy is not None:
+                raise FormwrightError(
+                    "Tokens are dropped between layers that normalise after the residual; this model's do so before."
+                )
+            return _pre_norm(layers, final, hidden, cu_seqlens, places)
+        return _post_norm(layers, hidden, cu_seqlens, policy, places)
 
 
-def _drop(hidden: Tensor, cu_seqlens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    before = _sums(keep.long())
-    return hidden[keep], before[cu_seqlens]
+def _in_running_order(layers: Sequence[Layer]) -> Iterable[Layer]:
+    """Layers that are shared come as often as they run, those of one group together."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.path.rpartition(".")[0], []).append(layer)
+    for group in groups.values():
+        yield from group * group[0].repeats
 
 
-def _sums(lengths: Tensor) -> Tensor:
+def _post_norm(
+    layers: Sequence["_PackedLayer"],
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    policy: Policy | None,
+    places: Sequence[Positions],
+) -> Tensor:
+    for number, (layer, place) in enumerate(zip(layers, places, strict=True)):
+        mixed, received = layer.attend(hidden, cu_seqlens, place, weigh=policy is not None)
+        hidden, _ = layer.attention_norm(hidden, mixed)
+        if policy is not None:
+            assert received is not None
+            if (keep := policy.after_attention(number, hidden, received)) is not None:
+                hidden, cu_seqlens = hidden[keep], sums(keep.long())[cu_seqlens]
+        hidden, _ = layer.feedforward_norm(hidden, layer.feed(hidden))
+        if policy is not None and (stay := policy.after_layer(number, hidden, cu_seqlens)) is not None:
+            lengths = cu_seqlens.diff()
+            hidden, cu_seqlens = hidden[stay.repeat_interleave(lengths)], sums(lengths[stay])
+    return hidden
+
+
+def _pre_norm(
+    layers: Sequence["_PackedLayer"],
+    final: "_PackedNorm | None",
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    places: Sequence[Positions],
+) -> Tensor:
+    fresh: Tensor | None = None  # what is still to be added to the residual stream
+    for layer, place in zip(layers, places, strict=True):
+        normal, hidden = layer.attention_norm(hidden, fresh, total=True)
+        fresh, _ = layer.attend(normal, cu_seqlens, place)
+        normal, hidden = layer.feedforward_norm(hidden, fresh, total=True)
+        fresh = layer.feed(normal)
+    if final is not None:
+        return final(hidden, fresh)[0]
+    return hidden if fresh is None else hidden + fresh
+
+
+def sums(lengths: Int[Tensor, " n"]) -> Int[Tensor, " n+1"]:
+    """Where each begins, and where the last ends."""
     return F.pad(lengths.cumsum(0), (1, 0))
+
+
+# One layer, laid out
+
+
+class _PackedLayer:
+    def __init__(self, model: PreTrainedModel, layer: Layer) -> None:
+        attention, feedforward = layer.attention, layer.feedforward
+        assert attention is not None
+        assert feedforward is not None
+
+        def module(path: str | None) -> nn.Module:
+            assert path is not None
+            return model.get_submodule(path)
+
+        if attention.fused is None:
+            into = [module(path) for path in (attention.query, attention.key, attention.value)]
+        else:
+            into = [module(attention.fused)]
+        self.heads, self.scaling = attention.heads, attention.head_dim**-0.5
+        self.qkv, self.out = _PackedLinear(into), _PackedLinear([module(attention.output)])
+        self.attention_norm = _PackedNorm(module(attention.norm))
+        self.feedforward_norm = _PackedNorm(module(feedforward.norm))
+        self.activation, self.gated = feedforward.activation, feedforward.gate is not None
+        self.up = _PackedLinear([module(feedforward.up)])
+        self.down = _PackedLinear([module(feedforward.down)])
+
+    def attend(
+        self, x: Float[Tensor, "t d"], cu_seqlens: Tensor, place: Positions, *, weigh: bool = False
+    ) -> tuple[Float[Tensor, "t d"], Float[Tensor, " t"] | None]:
+        mixed, received = varlen_attention(
+            self.qkv(x), cu_seqlens, heads=self.heads, scaling=self.scaling, weigh=weigh, **place._asdict()
+        )
+        return self.out(mixed), received
+
+    def feed(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+        if not self.gated:
+            return self.down(self.up(x, self.activation))
+        gate, up = self.up(x).chunk(2, -1)  # of one projection
+        return self.down(ACT2FN[self.activation](gate) * up)
+
+
+class _PackedLinear:
+    """Projections of one input as one product. Modules that are no plain projection are called as they are."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        plain = all(type(module) is nn.Linear for module in modules)
+        self.weight = torch.cat([module.weight.detach() for module in modules]) if plain else None
+        self.bias: Tensor | None = None
+        self.laid_out: Tensor | None = None
+        if self.weight is None:
+            return
+        if any(module.bias is not None for module in modules):
+            self.bias = torch.cat(
+                [
+                    module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias.detach()
+                    for module in modules
+                ]
+            )
+        if _lays_out(self.weight):
+            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    def __call__(self, x: Float[Tensor, "t i"], activation: str | None = None) -> Float[Tensor, "t o"]:
+        if self.laid_out is not None and x.dtype == self.laid_out.dtype and len(x):
+            name, form = ("none", "") if activation is None else FUSED.get(activation, ("none", ""))
+            y = torch.ops.mkldnn._linear_pointwise(x, self.laid_out, self.bias, name, [], form)
+            return y if activation is None or activation in FUSED else ACT2FN[activation](y)
+        if self.weight is None:
+            y = torch.cat([module(x) for module in self.modules], -1) if len(self.modules) > 1 else self.modules[0](x)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        return y if activation is None else ACT2FN[activation](y)
+
+
+def _lays_out(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class _PackedNorm:
+    """A residual sum and the norm after it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.known = type(module) is nn.LayerNorm and module.weight is not None
+        if self.known:
+            wide = module.weight.dtype == torch.float64
+            self.gain = module.weight.detach() if wide else module.weight.detach().float()
+            self.shift = None if module.bias is None else module.bias.detach().to(self.gain.dtype)
+
+    def __call__(
+        self, x: Float[Tensor, "t d"], added: Float[Tensor, "t d"] | None, *, total: bool = False
+    ) -> tuple[Float[Tensor, "t d"], Any]:
+        if self.known:
+            normal, summed = add_norm(
+                x, added, self.gain, self.shift, eps=self.module.eps, total=total and added is not None
+            )
+            return normal, x if added is None else summed
+        summed = x if added is None else x + added
+        return self.module(summed), summed
+
+
+class _Watch:
+    """Notices other weights, weights that were written to, and other modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [module for name, module in model.named_modules() if not name.startswith("executor")]
+        self.weights: list[tuple[dict[str, Any], str, Tensor, int, int]] = [
+            (module._parameters, name, weight, _version(weight), weight.data_ptr())
+            for module in modules
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        self.children = [(module._modules, _children(module._modules)) for module in modules if module._modules]
+
+    def changed(self) -> bool:
+        return any(
+            held.get(name) is not weight or _version(weight) != version or weight.data_ptr() != place
+            for held, name, weight, version, place in self.weights
+        ) or any(_children(held) != children for held, children in self.children)
+
+
+def _children(held: dict[str, Any]) -> list[int]:
+    return [id(child) for name, child in held.items() if name != "executor"]
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
