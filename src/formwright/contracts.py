@@ -1,6 +1,7 @@
 """What travels with the tokens, and what each slot of a block promises.
 
-Slots    position     any of embed(x, context), rotate(q, k, context), bias(context), scale(context)
+Slots    position     any of embed(x, context), rotate(q, k, context), bias(context), scale(context); or
+                      scores(q, k, context), the products of queries and keys themselves
          attention    (q, k, v, mask, bias, scale) -> mixed values, inside a multi-head mixer
          mixer        (x, context) -> x, tokens exchange
          feedforward  (x, context) -> x, every token alone
@@ -15,7 +16,7 @@ Axes     b batch, n or q tokens in x, k keys attended to (cached ones included),
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from formwright.errors import FormwrightError
 
-Hook = Literal["embed", "rotate", "bias", "scale"]
+Hook = Literal["embed", "rotate", "bias", "scale", "scores"]
 CPU = torch.device("cpu")
-SCORE_HOOKS: frozenset[Hook] = frozenset({"rotate", "bias", "scale"})
+SCORE_HOOKS: frozenset[Hook] = frozenset({"rotate", "bias", "scale", "scores"})
 
 
 class UnsupportedContext(FormwrightError):
@@ -83,6 +84,8 @@ class Mask:
 class KeyValueCache(Protocol):
     """What attention keeps of a layer between calls."""
 
+    carried: Tensor | None  # what its position takes from one call to the next, batch first; none at first
+
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Append along axis -2 and give back everything: (b, h, new, d) -> (b, h, k, d)."""
         ...
@@ -104,7 +107,8 @@ class StateCache(Protocol):
 class Context:
     """All that a part may need to know about the tokens besides their values. The queries are the last of the keys.
 
-    With a `memory` the call is cross-attention: keys, padding and positions are the memory's, and `causal` is off.
+    With a `memory` the call is cross-attention: keys, padding and positions are the memory's, `query_places` says where
+    the queries stand in their own sequence, and `causal` is off.
     """
 
     queries: int
@@ -113,7 +117,9 @@ class Context:
     padding: Bool[Tensor, "b k"] | None = None  # True = a real token; none = all are
     positions: Int[Tensor, "b k"] | None = None  # none = 0, 1, 2, ...
     memory: Float[Tensor, "b m d"] | None = None  # what the keys are made from in cross-attention
+    query_places: Int[Tensor, "rows q"] | None = None  # in cross-attention; none = 0, 1, 2, ...
     grid: tuple[int, ...] | None = None  # (H, W) or (T, H, W) when the tokens lie on one, row by row
+    tokens: Float[Tensor, "b q d"] | None = None  # what the mixer was given, for positions with `reads_tokens`
     cache: Any = None  # this layer's KeyValueCache or StateCache, as the mixer's `cache_kind` says
     shared_position: nn.Module | None = None  # one position for all layers; a mixer's own comes first
     carry: dict[str, Any] = field(default_factory=dict)  # what one layer hands to a later one
@@ -162,8 +168,12 @@ def refuse(part: str, *, asked: str, because: str, instead: str) -> UnsupportedC
 
 
 def hooks(position: nn.Module | None) -> frozenset[Hook]:
-    """Which of the four hooks a position defines."""
-    names: tuple[Hook, ...] = ("embed", "rotate", "bias", "scale")
+    """Which of the hooks a position defines.
+
+    `turns_stored`, where it is true, has `rotate` called with all keys and after the cache, which keeps them unturned;
+    `reads_tokens` has `context.tokens` filled in.
+    """
+    names: tuple[Hook, ...] = get_args(Hook)
     return frozenset(name for name in names if position is not None and hasattr(position, name))
 
 

@@ -81,6 +81,7 @@ class Stack(nn.Module):
             "grid": (config.image_size // config.patch_size,) * 2 if config.use_grid and config.image_size else None,
         }
         self.position = _shared_position(config, known)
+        self.cross_position = _cross_position(config, known) if crossed else None
 
         def norm(width: int) -> nn.Module:
             return build("norm", config.norm, dim=width)
@@ -158,7 +159,9 @@ class Stack(nn.Module):
             )
             there = None
             if cross is not None:
-                there = cross.at_layer(cache=None if cross_cache is None else cross_cache.layers[i])
+                there = cross.at_layer(
+                    cache=None if cross_cache is None else cross_cache.layers[i], shared_position=self.cross_position
+                )
             x = layer(x, here, there)
         if self.norm is not None:
             x = self.norm(x)
@@ -173,6 +176,22 @@ def _shared_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Mod
         return None
     position = build("position", config.position, **known)
     return position if scope(position) == "model" else None
+
+
+def _cross_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module | None:
+    """The one position of all layers' cross-attention, which sees the memory in both directions.
+
+    Raises:
+        UnsupportedContext: one that is added to the tokens.
+    """
+    if parse_spec(config.cross_position)["name"] == "none":
+        return None
+    position = build("position", config.cross_position, **{**known, "causal": False})
+    if "embed" in hooks(position):
+        raise UnsupportedContext(
+            f"{config.cross_position!r} is added to the tokens, which cross-attention does not do; give it as position."
+        )
+    return position
 
 
 def _own_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module | None:
@@ -360,7 +379,7 @@ class TransformerModel(TransformerPreTrainedModel):
                     input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, pixel_values, losses
                 )
             memory = encoder_outputs[0]
-            memory_mask = attention_mask
+            memory_mask, memory_places = attention_mask, position_ids
             input_ids, attention_mask, position_ids = decoder_input_ids, decoder_attention_mask, decoder_position_ids
             token_type_ids = inputs_embeds = pixel_values = None
             if input_ids is None:
@@ -385,11 +404,14 @@ class TransformerModel(TransformerPreTrainedModel):
         )
         cross = None
         if memory is not None:
+            memory_padding = _padding(memory_mask, *memory.shape[:2])
             cross = Context(
                 queries=x.shape[1],
                 keys=memory.shape[1],
-                padding=_padding(memory_mask, *memory.shape[:2]),
+                padding=memory_padding,
+                positions=_positions(memory_places, memory_padding, 0, memory.shape[1], x.device),
                 memory=memory,
+                query_places=context.query_positions(),
                 losses=context.losses,
                 attentions=None if attentions is None else [],
                 device=x.device,

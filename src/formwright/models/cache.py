@@ -16,7 +16,7 @@ SMALLEST = 64  # tokens of the first buffer
 
 
 class KeyValues(CacheLayerMixin):
-    """Keys and values (b, h, tokens, d), appended in place.
+    """Keys and values (b, h, tokens, d), appended in place, and what the layer's position carries on.
 
     Args:
         capacity: tokens to make room for at once; more are taken when needed.
@@ -28,6 +28,7 @@ class KeyValues(CacheLayerMixin):
     def __init__(self, capacity: int = SMALLEST) -> None:
         super().__init__()
         self.capacity, self.length = capacity, 0
+        self.carried: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -99,15 +100,22 @@ class KeyValues(CacheLayerMixin):
     def _each(self, move: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = move(self.keys), move(self.values)
+        if self.carried is not None:
+            self.carried = move(self.carried)
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self.carried = None
         self.length, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; `tokens_to_remove` is negative, as transformers passes it."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}.")
+        if tokens_to_remove and self.carried is not None:
+            raise UnsupportedContext(
+                "This model's position sums over all tokens so far and cannot be rolled back; generate without "
+                "assisted decoding, or choose another position."
+            )
         self.length = max(0, self.length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -30,6 +30,7 @@ class TransformerConfig(PreTrainedConfig):
         mixer, position, feedforward, norm, block: specs, or lists of specs repeated over the layers ("none" leaves a
         slot empty).
         cross_mixer: the mixer that reads the encoder's output.
+        cross_position: the position of that mixer, one for all layers, such as "t5"; T5 itself has none there.
         init: initialisation scheme.
         image_size, patch_size, num_channels: images instead of ids when image_size > 0.
         use_grid: whether patches lie on a grid for the parts, or count as a sequence, row by row.
@@ -62,6 +63,7 @@ class TransformerConfig(PreTrainedConfig):
     norm: str | dict = "layernorm"
     block: str | dict | list = "pre"
     cross_mixer: str | dict = "softmax"
+    cross_position: str | dict = "none"
     init: str | dict = "normal"
     image_size: int = 0
     patch_size: int = 4

@@ -27,9 +27,16 @@ class Rotation(NamedTuple):
     """The angles of one forward pass, as they are multiplied: x' = x cos + swapped(x) sin."""
 
     layout: Layout
-    cos: Float[Tensor, "b 1 n r"]
-    sin: Float[Tensor, "b 1 n r"]  # minus in the first channel of a pair
-    pairs: Complex[Tensor, "b 1 n r//2"] | None  # cos + i sin: one complex product is the quickest for neighbours
+    cos: Float[Tensor, "b h n r"]  # h = 1 when all heads turn alike
+    sin: Float[Tensor, "b h n r"]  # minus in the first channel of a pair
+    pairs: Complex[Tensor, "b h n r//2"] | None  # cos + i sin: one complex product is the quickest for neighbours
+
+    def last(self, tokens: int) -> "Rotation":
+        """The same for the last tokens alone."""
+        if tokens == self.cos.shape[2]:
+            return self
+        cos, sin, pairs = (None if x is None else x[:, :, -tokens:] for x in self[1:])
+        return Rotation(self.layout, cos, sin, pairs)
 
 
 def rotary_angles(
@@ -40,9 +47,14 @@ def rotary_angles(
     return positions.to(dtype)[..., None] * frequencies
 
 
-def rotation(angles: Float[Tensor, "rows n half"], *, layout: Layout = "interleaved") -> Rotation:
-    """What `rotate` needs for queries and keys at these angles."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+def rotation(angles: Float[Tensor, "*rows n half"], *, layout: Layout = "interleaved", gain: float = 1.0) -> Rotation:
+    """What `rotate` needs for queries and keys at these angles: (b, n, half) for all heads, or (b, h, n, half).
+
+    Args:
+        gain: what the turned channels are multiplied by besides.
+    """
+    angles = angles[:, None] if angles.ndim == 3 else angles
+    cos, sin = angles.cos() * gain, angles.sin() * gain
     if layout == "half":
         return Rotation(layout, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), None)
     # Compilers fuse the real form and do not generate code for complex numbers.

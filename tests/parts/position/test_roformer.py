@@ -1,5 +1,7 @@
 """RoPE: exact properties, then independent implementations."""
 
+import math
+
 import pytest
 import torch
 
@@ -130,6 +132,87 @@ def test_the_form_for_compilers_equals_the_complex_one():
     torch.testing.assert_close(rotate(x, by._replace(pairs=None)), rotate(x, by))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grid", [(3, 5), (5, 1), (2, 3, 4)])
+def test_on_a_grid_scores_know_the_offset_along_every_axis_alone(layout, grid):
+    axes, cells = len(grid), math.prod(grid)
+    part = RoPE(head_dim=12, layout=layout)
+    x, y = (draw(12, dtype=torch.float64) * sign for sign in (1, -0.5))
+    x, y = (vector.roll(i).expand(1, 1, cells, 12) for i, vector in enumerate((x, y)))
+    q, k = part.rotate(x, y, Context(queries=cells, keys=cells, grid=grid))
+    places = torch.cartesian_prod(*(torch.arange(size) for size in grid))
+    scores, seen = (q @ k.mT)[0, 0], {}
+    for i in range(cells):
+        for j in range(cells):
+            offset = tuple((places[i] - places[j]).tolist())
+            torch.testing.assert_close(seen.setdefault(offset, scores[i, j]), scores[i, j])
+    assert len({round(score.item(), 9) for score in seen.values()}) == math.prod(2 * size - 1 for size in grid)
+    assert axes == places.shape[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grid", [(3, 5), (2, 3, 4)])
+def test_an_axial_rotation_is_one_block_diagonal_matrix(layout, grid):
+    cells, channels = math.prod(grid), 12 // len(grid)
+    q, k = draw(2, 4, cells, 13, dtype=torch.float64), draw(2, 2, cells, 13, dtype=torch.float64)
+    angles = [
+        rotary_angles(places[None], dim=channels, base=50.0, dtype=torch.float64)
+        for places in torch.cartesian_prod(*(torch.arange(size) for size in grid)).mT
+    ]
+    part = RoPE(head_dim=13, rotary_dim=12, base=50.0, layout=layout)
+    turned = part.rotate(q, k, Context(queries=cells, keys=cells, grid=grid))
+    for x, got in zip((q, k), turned, strict=True):
+        torch.testing.assert_close(got, rotate_reference(x, torch.cat(angles, -1), layout=layout))
+
+
+def test_a_grid_is_read_row_by_row_with_a_cache_and_by_positions_when_cells_are_left_out():
+    part, x, grid = RoPE(head_dim=8), draw(1, 2, 12, 8), (3, 4)
+    whole = part.rotate(x, x, Context(queries=12, keys=12, grid=grid))[1]
+    step = part.rotate(x[:, :, 6:7], x[:, :, 6:7], Context(queries=1, keys=7, causal=True, grid=grid))[1]
+    torch.testing.assert_close(step, whole[:, :, 6:7])
+    kept = torch.tensor([[0, 5, 11]])
+    some = part.rotate(x[:, :, kept[0]], x[:, :, kept[0]], Context(queries=3, keys=3, grid=grid, positions=kept))[1]
+    torch.testing.assert_close(some, whole[:, :, kept[0]])
+
+
+def test_a_fraction_of_the_head_is_its_first_channels():
+    x, context = draw(1, 2, 7, 16), Context(queries=7, keys=7)
+    quarter, first = RoPE(head_dim=16, fraction=0.25), RoPE(head_dim=16, rotary_dim=4)
+    assert torch.equal(quarter.rotate(x, x, context)[0], first.rotate(x, x, context)[0])
+    assert torch.equal(quarter.rotate(x, x, context)[0][..., 4:], x[..., 4:])
+    with pytest.raises(FormwrightError, match="told twice"):
+        RoPE(head_dim=16, rotary_dim=4, fraction=0.5)
+
+
+@pytest.mark.reference
+def test_a_plane_in_the_half_layout_equals_qwen2_vl_vision():
+    modeling = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    config = modeling.Qwen2VLVisionConfig(embed_dim=32, num_heads=2)
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(5))
+    q, k = draw(15, 2, 16), draw(15, 2, 16).flip(0)
+    cos, sin = modeling.Qwen2VLVisionRotaryEmbedding(config)(q, places)
+    expected = modeling.apply_rotary_pos_emb_vision(q, k, cos, sin)
+    context = Context(queries=15, keys=15, grid=(3, 5))
+    ours = RoPE(head_dim=16, layout="half").rotate(q.transpose(0, 1)[None], k.transpose(0, 1)[None], context)
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got[0].transpose(0, 1), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_a_fraction_equals_gpt_neox(fraction):
+    modeling = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
+    from transformers import GPTNeoXConfig
+
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": fraction}
+    config = GPTNeoXConfig(hidden_size=64, num_attention_heads=2, rope_parameters=parameters)
+    q, k = draw(2, 2, 63, 32), draw(2, 2, 63, 32).flip(0)
+    cos, sin = modeling.GPTNeoXRotaryEmbedding(config)(q, torch.arange(63)[None])
+    expected = modeling.apply_rotary_pos_emb(q, k, cos, sin)
+    ours = RoPE(head_dim=32, layout="half", fraction=fraction).rotate(q, k, Context(queries=63, keys=63))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_is_learned_or_stored():
     assert not RoPE(head_dim=8).state_dict()
 
@@ -177,7 +260,15 @@ def test_the_half_layout_equals_llama(base):
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)  # angles up to 162 in fp32
 
 
-@pytest.mark.parametrize(("asked", "says"), [({"memory": torch.zeros(1, 5, 8)}, "cross"), ({"grid": (2, 2)}, "grid")])
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"memory": torch.zeros(1, 5, 8)}, "cross"),
+        ({"grid": (2, 2, 1)}, "a multiple of 6"),
+        ({"grid": (1, 3)}, "4 tokens on a grid"),
+        ({"grid": (3, 3)}, "4 tokens on a grid"),
+    ],
+)
 def test_what_it_cannot_honour_raises(asked, says):
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(UnsupportedContext, match=says):

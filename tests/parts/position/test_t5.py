@@ -5,6 +5,7 @@ import torch
 
 from formwright.contracts import Context, Toeplitz, UnsupportedContext
 from formwright.errors import FormwrightError
+from formwright.models.transformer import TransformerConfig, TransformerModel
 from formwright.parts.position.t5 import T5Bias, t5_buckets
 
 
@@ -71,6 +72,70 @@ def test_equal_to_transformers(causal, buckets, max_distance, queries, keys):
 def test_first_values_scale_with_the_width():
     torch.manual_seed(0)
     assert T5Bias(dim=400, heads=1000).weight.std().item() == pytest.approx(0.05, rel=0.02)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("queries", "memory", "past"), [(5, 200, 0), (200, 5, 0), (1, 200, 40)])
+def test_in_cross_attention_equal_to_transformers_buckets_between_queries_and_memory(queries, memory, past):
+    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    from transformers import T5Config
+
+    config = T5Config(d_model=16, num_heads=4)  # both directions
+    theirs = modeling.T5Attention(config, has_relative_attention_bias=True)
+    ours = T5Bias(dim=16, heads=4)
+    ours.load_state_dict({"weight": theirs.relative_attention_bias.weight})
+    expected = theirs.compute_bias(queries, memory, past_seen_tokens=past)
+    context = Context(
+        queries=queries,
+        keys=memory,
+        memory=torch.zeros(1, memory, 16),
+        query_places=torch.arange(past, past + queries)[None] if past else None,
+    )
+    assert torch.equal(ours.bias(context), expected)
+
+
+@pytest.mark.reference
+def test_t5_itself_has_no_bias_in_cross_attention():
+    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    from transformers import T5Config
+
+    theirs = modeling.T5LayerCrossAttention(T5Config(d_model=16, num_heads=4))
+    assert not theirs.EncDecAttention.has_relative_attention_bias
+    decoder = TransformerModel(TransformerConfig(architecture="encoder-decoder", position="t5")).decoder
+    assert decoder.cross_position is None
+
+
+def translator(cross_position):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = TransformerConfig(architecture="encoder-decoder", position="t5", cross_position=cross_position, **sizes)
+    return TransformerModel(config).eval()
+
+
+@torch.no_grad()
+def test_a_decoder_that_reads_a_memory_by_distance_decodes_step_by_step_and_skips_left_pads():
+    model, plain = translator("t5(buckets=8)"), translator("none")
+    ids, target = torch.randint(0, 11, (2, 9)), torch.randint(0, 11, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    memory = {"attention_mask": mask, "encoder_outputs": model.encode(ids, mask)}
+    full = model(decoder_input_ids=target, use_cache=False, **memory).last_hidden_state
+    cache, steps = model.new_cache(), []
+    for piece in target.split([4, 1, 2], dim=1):
+        steps.append(model(decoder_input_ids=piece, past_key_values=cache, **memory).last_hidden_state)
+    torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
+    alone = model(ids[1:, 4:], decoder_input_ids=target[1:], use_cache=False).last_hidden_state
+    torch.testing.assert_close(full[1:], alone, atol=1e-5, rtol=1e-5)
+    model.decoder.cross_position.weight.zero_()
+    silent = model(decoder_input_ids=target, use_cache=False, **memory).last_hidden_state
+    assert not torch.allclose(silent, full, atol=1e-3)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(plain(decoder_input_ids=target, use_cache=False, **memory).last_hidden_state, silent)
+
+
+def test_a_position_added_to_the_tokens_is_none_for_cross_attention():
+    with pytest.raises(UnsupportedContext, match="give it as position"):
+        translator("sinusoidal")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ Differs  One matrix holds W_q, W_k and W_v side by side (same function). What th
          before W_o, where sub-LN puts its norm.
 """
 
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from formwright.contracts import SCORE_HOOKS, Context, Hook, Structured, UnsupportedContext, hooks
+from formwright.contracts import SCORE_HOOKS, Context, Hook, UnsupportedContext, hooks
 from formwright.errors import FormwrightError
 from formwright.parts.attention.softmax import repeat_heads
 
@@ -66,12 +67,19 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], context: Context) -> Float[Tensor, "b n d"]:
         position = context.shared_position if self.position is None else self.position
         used = hooks(position)
+        if getattr(position, "reads_tokens", False):
+            context = replace(context, tokens=x)
         q, k, v = self._projected(x, context)
-        if "rotate" in used:
+        late = getattr(position, "turns_stored", False)
+        if "rotate" in used and not late:
             q, k = position.rotate(q, k, context)
         if context.memory is None and context.cache is not None:
             k, v = context.cache.update(k, v)
-        arguments: dict[str, Structured] = {}
+        if "rotate" in used and late:
+            q, k = position.rotate(q, k, context)
+        arguments: dict[str, Any] = {}
+        if "scores" in used:  # they take the place of q k^T: nothing is left of it at a scaling of 0
+            arguments |= {"bias": position.scores(q, k, context), "scaling": 0.0}
         if "bias" in used:
             arguments["bias"] = position.bias(context)
         if "scale" in used:
@@ -114,7 +122,7 @@ class MultiHeadAttention(nn.Module):
             return projection(x)[..., rows]
         return F.linear(x, projection.weight[rows], None if projection.bias is None else projection.bias[rows])
 
-    def _weights(self, q: Tensor, k: Tensor, context: Context, arguments: dict[str, Structured]) -> Tensor:
+    def _weights(self, q: Tensor, k: Tensor, context: Context, arguments: dict[str, Any]) -> Tensor:
         if not hasattr(self.attention, "weights"):
             raise UnsupportedContext(
                 f"{type(self.attention).__name__} has no attention weights to show; choose an attention that has, "

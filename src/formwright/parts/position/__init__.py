@@ -12,10 +12,14 @@ __all__ = ["by_distance", "places", "refuse_all_but_one_sequence"]
 
 
 def places(context: Context) -> Int[Tensor, "b {context.queries}"]:
-    """Where the tokens stand that a position is added to. With a memory the context counts the memory's, not theirs."""
-    if context.memory is not None:
-        return torch.arange(context.queries, device=context.device)[None]
-    return context.query_positions()
+    """Where the queries stand in their own sequence. With a memory the context's positions are the memory's, not
+    theirs.
+    """
+    if context.memory is None:
+        return context.query_positions()
+    if context.query_places is not None:
+        return context.query_places
+    return torch.arange(context.queries, device=context.device)[None]
 
 
 def refuse_all_but_one_sequence(part: str, context: Context) -> None:
@@ -37,9 +41,11 @@ def refuse_all_but_one_sequence(part: str, context: Context) -> None:
 def by_distance(
     context: Context, values: Callable[[Int[Tensor, "..."]], Float[Tensor, "h ..."]]
 ) -> Toeplitz | Float[Tensor, "b h {context.queries} {context.keys}"]:
-    """A bias made of i - j: one number a diagonal, O(q + k), unless `context.positions` sets the distances."""
-    if context.positions is None:
+    """A bias made of i - j: one number a diagonal, O(q + k), unless `context.positions` sets the distances. In
+    cross-attention i counts the queries' sequence and j the memory.
+    """
+    if context.positions is None and context.memory is None:
         lags = torch.arange(1 - context.queries, context.keys, device=context.device)
         return Toeplitz(values(lags), context.keys)
-    lags = context.query_positions()[:, :, None] - context.positions[:, None, :]
-    return values(lags).movedim(0, 1)
+    keys = torch.arange(context.keys, device=context.device)[None] if context.positions is None else context.positions
+    return values(places(context)[:, :, None] - keys[:, None, :]).movedim(0, 1)

@@ -9,9 +9,12 @@ Idea     Rotations compose: turning q by m f and k by n f leaves an inner produc
 
          v is left alone, nothing is learned, no length is the longest. A cache keeps turned keys: a new token needs its
          own position only. The linear attention of equation 19 is `formwright.ops.rotary.rotary_linear_attention`.
+         On a grid of two or three axes every axis turns an equal share of the channels by its own coordinate
+         (`formwright.parts.position.rotary`), so that a score knows the offset along each.
 Differs  In nothing by default. layout="half" (GPT-NeoX, LLaMA) pairs channel i with i + d/2, the same function of
-         permuted weights; rotary_dim < head_dim (GPT-J) turns the first channels only. The release can turn v as well
-         (rotary_value); that is off in every published checkpoint and not here.
+         permuted weights; rotary_dim < head_dim (GPT-J) or fraction < 1 (GPT-NeoX) turns the first channels only. The
+         release can turn v as well (rotary_value); that is off in every published checkpoint and not here. Grids are
+         not in the paper; the shares are those of axial RoPE in vision models.
 """
 
 import torch
@@ -20,8 +23,15 @@ from torch import Tensor, nn
 
 from formwright.contracts import Context
 from formwright.errors import FormwrightError
-from formwright.ops.rotary import LAYOUTS, Layout, Rotation, rotary_angles, rotate, rotation
-from formwright.parts.position import refuse_all_but_one_sequence
+from formwright.ops.rotary import LAYOUTS, Layout, Rotation, rotate, rotation
+from formwright.parts.position.rotary import (
+    along_axes,
+    channels_by_axis,
+    frequencies,
+    length_along,
+    refuse_cross_attention,
+    turned_channels,
+)
 
 
 class RoPE(nn.Module):
@@ -31,8 +41,11 @@ class RoPE(nn.Module):
         head_dim: channels of a head.
         base: the slowest pair turns once in about 2 pi base tokens.
         layout: which channels are a pair, see `formwright.ops.rotary`; weights are trained for one of the two.
-        rotary_dim: how many channels turn, the first ones; none = all. Even.
+        rotary_dim: how many channels turn, the first ones; none = `fraction` of them. Even.
+        fraction: the share of the channels that turns.
     """
+
+    gain = 1.0  # of the turned channels; YaRN's temperature
 
     def __init__(
         self,
@@ -41,19 +54,19 @@ class RoPE(nn.Module):
         base: float = 10000.0,
         layout: Layout = "interleaved",
         rotary_dim: int | None = None,
+        fraction: float = 1.0,
     ) -> None:
         super().__init__()
-        turned = head_dim if rotary_dim is None else rotary_dim
-        if turned < 2 or turned % 2 or turned > head_dim:
-            raise FormwrightError(
-                f"RoPE turns pairs of channels: of a head of {head_dim} it cannot turn {turned}; choose an even "
-                f"rotary_dim from 2 to {head_dim} or another number of heads."
-            )
+        self.rotary_dim = turned_channels("RoPE", head_dim, rotary_dim=rotary_dim, fraction=fraction)
         if base <= 0:
             raise FormwrightError(f"RoPE needs base > 0, got base={base}.")
         if layout not in LAYOUTS:
             raise FormwrightError(f"RoPE has layout={' or '.join(map(repr, LAYOUTS))}, got {layout!r}.")
-        self.base, self.layout, self.rotary_dim = base, layout, turned
+        self.base, self.layout = base, layout
+
+    def extra_repr(self) -> str:
+        """All that sets the angles."""
+        return f"{self.rotary_dim}, base={self.base}, layout={self.layout!r}"
 
     def rotate(
         self, q: Float[Tensor, "b h q d"], k: Float[Tensor, "b g k d"], context: Context
@@ -61,19 +74,28 @@ class RoPE(nn.Module):
         """q and k of the new tokens, turned; the keys before they are cached.
 
         Raises:
-            UnsupportedContext: cross-attention or a grid, where n - m is no distance.
+            UnsupportedContext: cross-attention, where n - m is no distance; a grid the tokens or channels do not fit.
         """
-        refuse_all_but_one_sequence("RoPE", context)
-        by = self._rotation(q, context)
-        return rotate(q, by), rotate(k, by)
+        refuse_cross_attention("RoPE", context)
+        by = self._rotation(k, context)
+        return rotate(q, by.last(q.shape[2])), rotate(k, by)
 
-    def _rotation(self, q: Tensor, context: Context) -> Rotation:
-        """The angles in fp32 (fp64 for fp64), made by the first layer and carried to the others."""
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        key = f"rope {self.layout} {self.base} {self.rotary_dim} {dtype} {q.device} {context.queries} of {context.keys}"
+    def rates(self, channels: int, length: Float[Tensor, "rows 1 1"]) -> Float[Tensor, "*rows half"]:
+        """What a step along an axis of that length turns each of its pairs by; the scaled kinds of RoPE differ here."""
+        return length.new_tensor(frequencies(channels, self.base))
+
+    def _rotation(self, k: Tensor, context: Context) -> Rotation:
+        """The angles of the keys in fp32 (fp64 for fp64), made by the first layer and carried to the others."""
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        key = f"{self} {dtype} {k.device} {k.shape[2]} of {context.keys} on {context.grid}"
         positions, by = context.carry.get(key, (None, None))
         if by is None or positions is not context.positions:
-            angles = rotary_angles(context.query_positions(), dim=self.rotary_dim, base=self.base, dtype=dtype)
-            by = rotation(angles, layout=self.layout)
+            axes = along_axes("RoPE", context, k.shape[2])
+            channels = channels_by_axis("RoPE", self.rotary_dim, axes)
+            angles = [
+                places.to(dtype)[..., None] * self.rates(channels, length_along(axis, context, dtype))
+                for axis, places in enumerate(axes)
+            ]
+            by = rotation(torch.cat(angles, -1), layout=self.layout, gain=self.gain)
             context.carry[key] = (context.positions, by)
         return by

@@ -11,8 +11,10 @@ Idea     Near distances have a bucket each, far ones share buckets that grow log
 
              near(r) = r                                                             r < B/2
                        min(B - 1, B/2 + floor(B/2 log(2r/B) / log(2 max_distance/B)))  else
-Differs  T5 divides no score by sqrt(d) and starts from smaller query matrices instead. This part is the bias alone:
-         the mixer scales as it does with any position. First values are N(0, 1/d) as in the release.
+         In cross-attention i counts the queries' sequence and j the memory, in both directions.
+Differs  T5 itself gives its cross-attention no bias, and nor do our models unless their config's `cross_position` asks
+         for one. T5 divides no score by sqrt(d) and starts from smaller query matrices instead. This part is the bias
+         alone: the mixer scales as it does with any position. First values are N(0, 1/d) as in the release.
 """
 
 import math
@@ -76,13 +78,14 @@ class T5Bias(nn.Module):
         """The bias in the weights' dtype.
 
         Raises:
-            UnsupportedContext: cross-attention, a grid, or causal buckets where keys ahead of the query are seen.
+            UnsupportedContext: a grid, or causal buckets where keys ahead of the query are seen.
         """
-        refuse_all_but_one_sequence("T5 bias", context)
-        if self.causal and not context.causal and context.queries > 1:
+        if context.memory is None:
+            refuse_all_but_one_sequence("T5 bias", context)
+        if self.causal and (context.memory is not None or (not context.causal and context.queries > 1)):
             raise refuse(
                 "T5 bias with causal buckets",
-                asked="attention in both directions",
+                asked="attention in both directions" if context.memory is None else "cross-attention",
                 because="all keys ahead of a query share one bucket",
                 instead="Build it with causal=False.",
             )
