@@ -22,7 +22,10 @@ from transformers import (
 
 import formwright
 import formwright.compress
-from formwright.compress.structure import adopt, describe, load
+from formwright.compress.depth.deebert import EarlyExit
+from formwright.compress.runtime.bytetransformer import PaddingFree
+from formwright.compress.structure import Executor, adopt, attach, describe, load
+from formwright.compress.tokens.ltp import TokenPruning
 from formwright.errors import FormwrightError
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 2, 1, 0]])
@@ -100,6 +103,64 @@ def test_it_comes_back_in_a_fresh_process(tmp_path) -> None:
         assert torch.equal(torch.tensor(json.loads(line)), logits(model))
 
 
+def test_a_pipeline_of_transformers_classifies_with_it_in_a_fresh_process(tmp_path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = changed()
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w1").save_pretrained(tmp_path)
+    code = (
+        "import json, formwright.compress\n"
+        "from transformers import pipeline\n"
+        f"classify = pipeline('text-classification', model={str(tmp_path)!r}, top_k=None)\n"
+        "print(type(classify.model).__name__)\n"
+        "print(json.dumps(classify(['w5 w6 w7 w8 w9', 'w4 w3 w2'], batch_size=2)))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, answers = ran.stdout.splitlines()
+    assert name == "FormwrightBertForSequenceClassification"
+    shares = logits(model).softmax(-1)
+    shares[1] = model(input_ids=IDS[1:, :3]).logits.softmax(-1)[0].detach()
+    for told, row in zip(json.loads(answers), shares, strict=True):
+        assert {one["label"]: one["score"] for one in told} == pytest.approx(
+            {f"LABEL_{i}": value.item() for i, value in enumerate(row)}, abs=1e-6
+        )
+
+
+def executors() -> dict[str, Executor]:
+    return {
+        "padding-free": PaddingFree(),
+        "early-exit": EarlyExit(width=16, classes=3, ramps=2, threshold=0.5, dropout=0.0),
+        "token-pruning": TokenPruning(layers=3, final_threshold=0.1, temperature=1e-3, variant="paper"),
+    }
+
+
+@pytest.mark.parametrize("kind", executors())
+def test_the_auto_classes_bring_an_executor_back(tmp_path, kind: str) -> None:
+    model = bert()
+    attach(model, executors()[kind])
+    model.eval().save_pretrained(tmp_path)
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert back.executor.kind == kind
+    assert torch.equal(logits(back), logits(model))
+    if kind == "padding-free":  # knows nothing of the class
+        bare = AutoModel.from_pretrained(tmp_path)
+        with torch.no_grad():
+            hidden = bare(input_ids=IDS, attention_mask=MASK).last_hidden_state
+            wanted = bert().bert(input_ids=IDS, attention_mask=MASK).last_hidden_state
+        assert not hidden[1, 3:].any()  # padding was not computed
+        torch.testing.assert_close(hidden[MASK.bool()], wanted[MASK.bool()], atol=1e-5, rtol=1e-5)
+        bare.save_pretrained(tmp_path / "bare")
+        head = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+        assert head.executor.kind == kind
+    else:
+        with pytest.raises(FormwrightError, match=r"BertModel cannot take over: .*formwright\.load"):
+            AutoModel.from_pretrained(tmp_path)
+
+
 def test_it_can_be_changed_and_saved_again(tmp_path) -> None:
     model = changed()
     model.save_pretrained(tmp_path / "once")
@@ -111,7 +172,7 @@ def test_it_can_be_changed_and_saved_again(tmp_path) -> None:
 
 def test_an_unchanged_model_says_so() -> None:
     found = describe(adopt(bert()))
-    assert not any(found[what] for what in ("layers", "modules", "shapes", "attributes"))
+    assert not any(found[what] for what in ("layers", "modules", "shapes", "attributes", "configs"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

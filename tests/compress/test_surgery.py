@@ -241,6 +241,24 @@ def test_a_cut_model_comes_back_from_its_folder(family, tmp_path):
     assert describe(again) == describe(model)
 
 
+def test_the_configs_of_t5s_stacks_count_their_layers_when_it_comes_back(tmp_path):
+    model = zoo.build("t5")
+    remove_layers(model, [1, 4])
+    model.save_pretrained(tmp_path)
+    for one in (model, formwright.load(tmp_path), hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)):
+        assert (one.encoder.config.num_layers, one.decoder.config.num_layers) == (2, 1)
+        assert (one.config.num_layers, one.config.num_decoder_layers) == (2, 1)
+        assert one.decoder.config.is_decoder
+        assert not one.encoder.config.is_decoder
+    again = formwright.load(tmp_path).eval()
+    remove_layers(again, [1])
+    again.save_pretrained(tmp_path / "twice")
+    assert formwright.load(tmp_path / "twice").encoder.config.num_layers == 1
+    ids = zoo.batch_for("t5")["input_ids"]
+    cache = again.generate(ids, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    assert len(cache.self_attention_cache.layers) == 1
+
+
 def test_bias_and_device_and_grad_stay_as_they_were():
     model = zoo.build("bert").to(torch.bfloat16)
     part = describe(model).layers[0].attention

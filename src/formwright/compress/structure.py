@@ -13,6 +13,7 @@ and what tells the two apart is written into `config.compression`:
     modules      our own modules (`Rebuilt`) in the tree, parents first: path, kind and structure
     shapes       parameters and buffers of another shape, by module
     attributes   whole numbers, truth values and the like that modules keep for themselves (num_attention_heads ...)
+    configs      what tells the configs of stacks that keep one of their own (T5's) from a fresh model's
     prefix       under which name the base model hangs in the model that was saved
     recipe       the steps that made the model
 
@@ -69,7 +70,11 @@ class Rebuilt(nn.Module):
 
 
 class Executor(Rebuilt):
-    """Runs the whole model in another way, as `model.executor`; holds no reference to the model."""
+    """Runs the whole model in another way, as `model.executor`; holds no reference to the model.
+
+    One without structure and weights of its own runs the base model and any head alike: AutoModel reads it from a
+    classifier's folder. All others belong to the class they were saved with.
+    """
 
     def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the model's forward gives; `forward` is its own, for what this executor leaves to it."""
@@ -238,7 +243,23 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     ]
     _apply(fresh, found)
     found["shapes"], found["attributes"] = _differences(model, fresh)
+    theirs = {path: _plain(config) for path, config in _own_configs(fresh)}
+    found["configs"] = {
+        path: changed
+        for path, config in _own_configs(model)
+        if (changed := {k: v for k, v in _plain(config).items() if path in theirs and theirs[path].get(k) != v})
+    }
     return found
+
+
+def _own_configs(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Configs that modules keep beside the model's, by the first module that has it."""
+    seen = {id(model.config)}
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in seen:
+            seen.add(id(config))
+            yield path, config
 
 
 def _json(module: Rebuilt) -> dict[str, Any]:
@@ -324,11 +345,9 @@ def _apply(model: nn.Module, compression: dict[str, Any]) -> None:
         layers = model.get_submodule(path)
         model.set_submodule(path, nn.ModuleList([layers[index] for index in kept]))
     for entry in compression.get("modules", []):
-        path, kind = entry["path"], catalog.resolve(catalog.find("module", entry["kind"]).target)
-        if not issubclass(kind, Rebuilt):
-            raise FormwrightError(f"{entry['kind']} in the saved model is no module that can be rebuilt.")
+        path = entry["path"]
         old = model.get_submodule(path) if _has(model, path) else None
-        made = kind.rebuild(old, **entry["structure"])
+        made = _kind(entry).rebuild(old, **entry["structure"])
         if path == EXECUTOR:
             model.add_module(EXECUTOR, made)
         else:
@@ -341,6 +360,9 @@ def _apply(model: nn.Module, compression: dict[str, Any]) -> None:
         module = model.get_submodule(path)
         for name, value in changed.items():
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
+    for path, changed in compression.get("configs", {}).items():
+        for name, value in changed.items():
+            setattr(model.get_submodule(path).config, name, value)
 
 
 def _prefix(model: nn.Module) -> str:
@@ -353,30 +375,43 @@ def _seen_from(model: nn.Module, compression: dict[str, Any]) -> dict[str, Any]:
     """The paths of a saved model in one of another class: a base model read from a model with a head, or the reverse.
 
     Raises:
-        FormwrightError: the saved model runs by an executor, which belongs to its own class.
+        FormwrightError: the saved model runs by an executor that belongs to its own class.
     """
     theirs, ours = compression.get("prefix", ""), _prefix(model)
     if theirs == ours:
         return compression
     for entry in compression.get("modules", []):
-        if entry["path"] == EXECUTOR:
+        if entry["path"] == EXECUTOR and not _serves_any_class(entry):
             raise FormwrightError(
                 f"The saved model runs by {entry['kind']}, which {type(model)._source.__name__} cannot take over: "
                 "load it with the class it was saved from, formwright.load(folder)."
             )
 
     def move(path: str) -> str | None:
+        if path.partition(".")[0] == EXECUTOR:
+            return path
         if not theirs:
             return f"{ours}.{path}"
         return path.removeprefix(f"{theirs}.") if path.startswith(f"{theirs}.") else None
 
     moved = dict(compression)
-    for what in ("layers", "shapes", "attributes"):
+    for what in ("layers", "shapes", "attributes", "configs"):
         pairs = [(move(path), value) for path, value in compression.get(what, {}).items()]
         moved[what] = {path: value for path, value in pairs if path is not None}
     entries = [{**entry, "path": move(entry["path"])} for entry in compression.get("modules", [])]
     moved["modules"] = [entry for entry in entries if entry["path"] is not None]
     return moved
+
+
+def _serves_any_class(entry: dict[str, Any]) -> bool:
+    return not entry["structure"] and not _kind(entry).rebuild(None).state_dict()
+
+
+def _kind(entry: dict[str, Any]) -> type[Rebuilt]:
+    kind = catalog.resolve(catalog.find("module", entry["kind"]).target)
+    if not issubclass(kind, Rebuilt):
+        raise FormwrightError(f"{entry['kind']} in the saved model is no module that can be rebuilt.")
+    return kind  # type: ignore[no-any-return]
 
 
 def _resize(module: nn.Module, name: str, shape: list[int] | None) -> None:
