@@ -83,7 +83,8 @@ def evaluate(
         model: gives an output with `logits` for a batch of the task without its labels.
         task: what to read it on.
         split: "test", "validation" or "train".
-        batch_size: rows read at once; it changes nothing but memory and speed.
+        batch_size: rows read at once; it changes nothing but memory and speed. Of a text in `streams`, one row each is
+            read at once, whatever is asked for: the model remembers from batch to batch.
         precision: "bfloat16" reads under autocast.
 
     Raises:
@@ -98,7 +99,7 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        for places in order.split(batch_size):
+        for places in order.split(getattr(dataset, "streams", batch_size)):
             batch = {key: value.to(device) for key, value in fetch(dataset, places.tolist(), task.collate).items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
