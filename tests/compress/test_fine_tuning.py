@@ -19,6 +19,7 @@ from formwright.compress.finetune import Budget, ensure_head, with_head, zeros_k
 from formwright.compress.modifier import Data
 from formwright.compress.pipeline import run
 from formwright.compress.structure import adopt, load
+from formwright.compress.surgery import remove_layers
 from formwright.errors import FormwrightError
 from formwright.tasks.base import Columns, Defaults, Task
 from formwright.training import Settings, evaluate
@@ -89,6 +90,20 @@ def test_what_was_pruned_stays_zero_and_the_rest_is_trained():
 
 
 @pytest.mark.reference
+def test_a_matrix_that_was_pruned_away_stays_zero_across_a_save_and_a_removed_layer(tmp_path):
+    model = bert(BertForSequenceClassification, num_labels=3)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.mul_(1e-6)
+    model, _ = run(model, "prune(amount=0.3, scope=global)", data())
+    assert not model.bert.encoder.layer[1].output.dense.weight.any()
+    remove_layers(model, [0])
+    model.save_pretrained(tmp_path)
+    model, _ = run(load(tmp_path), "finetune(steps=3)", data())
+    (layer,) = model.bert.encoder.layer
+    assert not layer.output.dense.weight.any()
+    assert 0 < layer.intermediate.dense.weight.count_nonzero() < layer.intermediate.dense.weight.numel()
+
+
 def test_zeros_are_kept_as_by_the_masks_of_torchs_pruning():
     model = bert(BertForSequenceClassification, num_labels=3)
     masked = copy.deepcopy(model)

@@ -134,13 +134,14 @@ def zeros_kept(model: nn.Module) -> Iterator[None]:
     """While training, entries of matrices that are exactly zero get no gradient, so that a pruned model stays pruned.
 
     Adam starts without momentum and weight decay shrinks zero to zero, so no gradient is enough. A matrix that is zero
-    throughout was not pruned but not begun, and is trained.
+    throughout was pruned if its module is marked `emptied`, as pruning leaves it; else it was not begun and is trained.
     """
     hooks = []
-    for weight in model.parameters():
+    owners = {weight: module for module in model.modules() for weight in module.parameters(recurse=False)}
+    for weight, module in owners.items():
         if weight.requires_grad and weight.ndim > 1:
             kept = weight.detach() != 0
-            if kept.any() and not kept.all():
+            if not kept.all() and (kept.any() or getattr(module, "emptied", False)):
                 hooks.append(weight.register_hook(lambda gradient, kept=kept: gradient * kept))
     try:
         yield

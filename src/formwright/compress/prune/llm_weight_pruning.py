@@ -659,6 +659,9 @@ class Prune(Modifier):
             remove_neurons(model, self.gone)
         elif self.structure == "head":
             remove_heads(model, self.gone)
+        for one in matrices(model, embeddings=self.embeddings).values():
+            if not one.weight.any():
+                one.module.emptied = True  # kept with the model, so that later training does not take it for a new one
         self.report = report(model, self.dense, embeddings=self.embeddings)
         self.rows, self.scores = [], {}
 
