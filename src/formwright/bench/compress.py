@@ -59,6 +59,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "depth": tuple(f"entrodrop(score=cosine, count={count}, samples=32)" for count in (1, 2, 3)),
     "recover": ("distill", "finetune"),
+    "products": ("int8",),
+    "precision": ("bfloat16",),  # of what int8 leaves, or of all
     "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert(qat_steps=0)", "deebert", "ltp"),
 }
 
