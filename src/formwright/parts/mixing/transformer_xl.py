@@ -137,7 +137,8 @@ class TransformerXLAttention(nn.Module):
         scores = scores.unflatten(0, (-1, self.heads))
         seen = self._seen(context)
         if seen is not None:
-            scores = scores.masked_fill(~seen, -torch.inf)
+            with torch.no_grad():  # in place and unrecorded: the softmax sends no gradient to what it does not see
+                scores.masked_fill_(~seen, -torch.inf)
         weights = softmax_or_zero(scores) if context.padding is not None else scores.softmax(-1)
         if context.attentions is not None:
             context.attentions.append(weights)
