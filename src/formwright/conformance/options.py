@@ -191,7 +191,7 @@ def unknown_and_ill_typed_options_are_refused(subject: Subject) -> None:
 
 
 def _refusal(subject: Subject, **wrong: Any) -> FormwrightError | None:
-    dimensions = {name: 4 for name in subject.parameters() if name in DIMENSIONS}
+    dimensions = {name: True if name == "causal" else 4 for name in subject.parameters() if name in DIMENSIONS}
     try:
         build(subject.slot, {"name": subject.name, **wrong}, **dimensions)
     except FormwrightError as error:
