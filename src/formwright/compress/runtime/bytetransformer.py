@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -31,6 +31,7 @@ from formwright.compress.modifier import Modifier
 from formwright.compress.runtime import encoders
 from formwright.compress.runtime.packed import PackedEncoder, sums
 from formwright.compress.structure import PREFIX, Executor, attach
+from formwright.errors import FormwrightError
 
 EMBEDDED = ("input_ids", "token_type_ids", "position_ids")
 OURS = (*EMBEDDED, "attention_mask", "return_dict", "labels")
@@ -155,17 +156,31 @@ class PaddingFreeExecution(Modifier):
         padding_free(model, precision=self.precision)
 
 
-def padding_free(model: PreTrainedModel, *, precision: Literal["float32", "bfloat16"] = "float32") -> PreTrainedModel:
+def padding_free(model: nn.Module, *, precision: Literal["float32", "bfloat16"] = "float32") -> nn.Module:
     """Let a model compute on real tokens alone, in place.
 
     Args:
+        model: a transformers model, or a module around one, such as a SentenceTransformer.
         precision: see PaddingFreeExecution.
 
     Raises:
-        FormwrightError: a family this cannot run, or a model that another executor runs.
+        FormwrightError: no transformers model or several, a family this cannot run, or a model that another executor
+            runs.
     """
-    PackedEncoder(model.base_model)
-    attach(model, PaddingFree())
+    encoder = model if isinstance(model, PreTrainedModel) else _only_model(model)
+    PackedEncoder(encoder.base_model)
+    attach(encoder, PaddingFree())
     if precision == "bfloat16":
-        model.to(torch.bfloat16)
-    return model.eval()
+        encoder.to(torch.bfloat16)
+    encoder.eval()
+    return model
+
+
+def _only_model(module: nn.Module) -> PreTrainedModel:
+    found = [one for one in module.modules() if isinstance(one, PreTrainedModel)]
+    outer = [one for one in found if not any(one in other.modules() for other in found if other is not one)]
+    if len(outer) != 1:
+        raise FormwrightError(
+            f"{type(module).__name__} holds {len(outer) or 'no'} transformers models: hand over the one to run."
+        )
+    return outer[0]
