@@ -119,7 +119,7 @@ class Context:
     memory: Float[Tensor, "b m d"] | None = None  # what the keys are made from in cross-attention
     query_places: Int[Tensor, "rows q"] | None = None  # in cross-attention; none = 0, 1, 2, ...
     grid: tuple[int, ...] | None = None  # (H, W) or (T, H, W) when the tokens lie on one, row by row
-    tokens: Float[Tensor, "b q d"] | None = None  # what the mixer was given, for positions with `reads_tokens`
+    tokens: Float[Tensor, "batch q width"] | None = None  # what the mixer read, for positions with `reads_tokens`
     cache: Any = None  # this layer's KeyValueCache or StateCache, as the mixer's `cache_kind` says
     shared_position: nn.Module | None = None  # one position for all layers; a mixer's own comes first
     carry: dict[str, Any] = field(default_factory=dict)  # what one layer hands to a later one

@@ -10,6 +10,7 @@ A sequence has one axis, the position. On a grid the tokens lie row by row, so t
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,15 @@ from torch import Tensor
 from formwright.contracts import Context, refuse
 from formwright.errors import FormwrightError
 
-__all__ = ["along_axes", "channels_by_axis", "frequencies", "length_along", "refuse_cross_attention", "turned_channels"]
+__all__ = [
+    "along_axes",
+    "channels_by_axis",
+    "frequencies",
+    "full_precision",
+    "length_along",
+    "refuse_cross_attention",
+    "turned_channels",
+]
 
 
 def frequencies(channels: int, base: float) -> list[float]:
@@ -43,6 +52,12 @@ def turned_channels(part: str, head_dim: int, *, rotary_dim: int | None = None, 
             f"rotary_dim from 2 to {head_dim} or another number of heads."
         )
     return turned
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast: angles, and what makes them, are lost in half precision."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def refuse_cross_attention(part: str, context: Context) -> None:

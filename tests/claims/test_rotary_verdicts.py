@@ -1,0 +1,38 @@
+"""The rules of the rotary claims give each verdict for outcomes that earn it."""
+
+import pytest
+
+from formwright.claims import Outcome, carope, harope
+
+
+def outcome(measured, baseline):
+    return Outcome(scale="full", seed=0, measured=measured, baseline=baseline)
+
+
+@pytest.mark.parametrize(
+    ("errors", "verdict"),
+    [
+        ([(0.30, 0.31), (0.29, 0.32)], "holds"),
+        ([(0.30, 0.31), (0.33, 0.33)], "holds in direction"),
+        ([(0.30, 0.31), (0.35, 0.33)], "does not hold here"),
+    ],
+)
+def test_harope(errors, verdict):
+    made_up = [outcome({"harope": ours}, dict.fromkeys(harope.OTHERS, theirs)) for ours, theirs in errors]
+    assert harope.verdict(made_up) == verdict
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([(1.7, 1.7, 1.7, 1.9), (1.8, 1.7, 1.7, 1.8)], "holds"),
+        ([(1.7, 1.71, 1.7, 1.9), (1.8, 1.7, 1.7, 1.8)], "holds in direction"),  # ours rises once
+        ([(1.7, 1.6, 1.7, 1.69)], "holds in direction"),  # RoPE's falls
+        ([(1.7, 1.7, 1.7, 1.8), (1.8, 1.8, 1.6, 1.65)], "does not hold here"),
+    ],
+)
+def test_carope(losses, verdict):
+    made_up = [
+        outcome({"carope at 64": a, "carope at 128": b}, {"rope at 64": c, "rope at 128": d}) for a, b, c, d in losses
+    ]
+    assert carope.verdict(made_up) == verdict
