@@ -35,14 +35,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from formwright.errors import FormwrightError
-from formwright.ops.trees import IntegratorTree
+from formwright.ops.trees import IntegratorTree, counting_sort
 
 Method = Literal["auto", "separable", "lattice", "panels", "direct"]
 
 LARGE = 128  # Hankel matrices from this size go through the FFT
 SPARSE = 8  # slots to an entry beyond which a lattice is too fine to be of use
 TOGETHER = 1 << 22  # numbers of the matrices multiplied at a time by "direct"
-POINTS = {torch.float32: 12, torch.float64: 20}  # of a panel
+POINTS = {torch.float32: 10, torch.float64: 20}  # of a panel
 
 
 @runtime_checkable
@@ -311,8 +311,8 @@ def _once(tree: IntegratorTree, what: str, like: Tensor, make: Callable[[], tupl
 
 def _bags(of: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """For things that belong to 0 .. count - 1: in which order to take them, and where each one's begin (and end)."""
-    order = torch.from_numpy(np.argsort(of.numpy(), kind="stable"))
-    return order, F.pad(torch.bincount(of, minlength=count).cumsum(0), (1, 0))
+    order, bounds = counting_sort(of.numpy(), count)
+    return torch.from_numpy(order), torch.from_numpy(bounds)
 
 
 def _sums(rows: Tensor, which: Tensor, bounds: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -367,66 +367,65 @@ def _half_plan(tree: IntegratorTree) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pairs of halves that get the same number of slots. `into` and `out` say which rows are summed where."""
+    """Pairs of halves that get the same number of slots, in groups of w: an entry is spread over the w of its group."""
 
     pairs: int
     slots: int
-    into: tuple[Tensor, Tensor]  # (which node, bounds of every slot)
-    into_weights: Tensor | None
-    out: tuple[Tensor, Tensor]  # (which slot, bounds of every node)
-    out_weights: Tensor | None
+    into: tuple[Tensor, Tensor]  # (which node, bounds of every group)
+    into_weights: Float[Tensor, "w e"] | None  # none = w is 1, and so are they
+    out: tuple[Tensor, Tensor]  # (which group, bounds of every node)
+    out_weights: Float[Tensor, "w e"] | None
     chosen: Tensor  # the pairs
 
-    def fill(self, x: Tensor) -> Float[Tensor, "p 2 s c"]:
+    def fill(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "p 2 s c"]:
         """x'_b of both halves of all pairs."""
-        return _sums(x, *self.into, self.into_weights).view(self.pairs, 2, self.slots, -1)
+        if self.into_weights is None:
+            groups = _sums(x, *self.into)
+        else:
+            groups = torch.stack([_sums(x, *self.into, weights) for weights in self.into_weights], 1)
+        return groups.reshape(self.pairs, 2, self.slots, x.shape[1])
 
     def drain(self, slots: Float[Tensor, "p 2 s c"]) -> Float[Tensor, "n c"]:
         """Each node gets what stands in its own slots."""
-        return _sums(slots.flatten(0, 2), *self.out, self.out_weights)
+        if self.out_weights is None:
+            return _sums(slots.flatten(0, 2), *self.out)
+        groups = slots.reshape(-1, len(self.out_weights), slots.shape[-1])
+        return sum(
+            _sums(one.contiguous(), *self.out, weights)
+            for one, weights in zip(groups.unbind(1), self.out_weights, strict=True)
+        )
 
 
 def _buckets(
-    tree: IntegratorTree, first: Int[Tensor, " e"], weights: Float[Tensor, "e w"] | None, like: Tensor
+    tree: IntegratorTree, group: Int[Tensor, " e"], weights: Float[Tensor, "w e"] | None, like: Tensor
 ) -> list[Bucket]:
-    """Pairs with up to 1, 2, 4, 8, .. slots in the larger half. An entry has w slots, from a multiple of w on."""
+    """Pairs with up to 1, 2, 4, 8, .. groups of w slots in the larger half."""
     if not len(tree.entry):
         return []
-    w = 1 if weights is None else weights.shape[1]
+    w = 1 if weights is None else len(weights)
     most = torch.zeros(len(tree.level), dtype=torch.long)
-    most.scatter_reduce_(0, tree.half, first + w, "amax")
+    most.scatter_reduce_(0, tree.half, group + 1, "amax")
     most = most.view(-1, 2).amax(1)
     size = torch.log2(most.double()).ceil().long()
+    pair, side = tree.half // 2, tree.half % 2
     buckets = []
     for key in size.unique().tolist():
         chosen = (size == key).nonzero()[:, 0]
-        pairs, slots = len(chosen), int(most[chosen].max())
+        pairs, groups = len(chosen), int(most[chosen].max())
         rank = torch.full((len(most),), -1)
         rank[chosen] = torch.arange(pairs)
-        here = (rank[tree.half // 2] >= 0).nonzero()[:, 0]
-        half, node = tree.half[here], tree.entry[here]
-        row = (2 * rank[half // 2] + half % 2) * slots + first[here]
-        by_slot, groups = _bags(row // w, 2 * pairs * slots // w)
-        by_node, nodes = _bags(node, tree.nodes)
-        into_weights = out_weights = None
-        if weights is not None:
-            # the w slots of a group hold the same entries, one after the other, each with its own weights
-            counts = groups.diff().repeat_interleave(w)
-            slot = torch.arange(len(counts)).repeat_interleave(counts)
-            starts = F.pad(counts.cumsum(0), (1, 0))
-            by_slot = by_slot[groups[slot // w] + torch.arange(len(slot)) - starts[slot]]
-            into_weights = weights[here][by_slot, slot % w].to(like)
-            out_weights = weights[here][by_node].flatten().to(like)
-            groups = starts
-        out = (row[by_node][:, None] + torch.arange(w)).flatten()
+        here = (rank[pair] >= 0).nonzero()[:, 0]
+        node, row = tree.entry[here], (2 * rank[pair[here]] + side[here]) * groups + group[here]
+        by_group, group_bounds = _bags(row, 2 * pairs * groups)
+        by_node, node_bounds = _bags(node, tree.nodes)
         buckets.append(
             Bucket(
                 pairs=pairs,
-                slots=slots,
-                into=(node[by_slot].to(like.device), groups.to(like.device)),
-                into_weights=into_weights,
-                out=(out.to(like.device), (nodes * w).to(like.device)),
-                out_weights=out_weights,
+                slots=groups * w,
+                into=(node[by_group].to(like.device), group_bounds.to(like.device)),
+                into_weights=None if weights is None else weights[:, here[by_group]].to(like),
+                out=(row[by_node].to(like.device), node_bounds.to(like.device)),
+                out_weights=None if weights is None else weights[:, here[by_node]].to(like),
                 chosen=chosen,
             )
         )
@@ -519,27 +518,33 @@ def _lattice_backward(tree: IntegratorTree, x: Tensor, grad: Tensor, values: Ten
 
 def _smooth(tree: IntegratorTree, x: Tensor, f: Smooth) -> Tensor:
     ends = torch.tensor(f.panels(_reach(tree)), dtype=torch.float64)
-    points = POINTS[x.dtype]
     key = ("panels", x.device, x.dtype, tuple(ends.tolist()))
     if key not in tree.kept:
         for old in [old for old in tree.kept if old[0] == "panels"]:  # of another f, or of this one before it learned
             del tree.kept[old]
         panel = (torch.searchsorted(ends, tree.distance, right=True) - 1).clamp(0, len(ends) - 2)
-        angle = (torch.arange(points, dtype=torch.float64) + 0.5) * (math.pi / points)
-        start, width = ends[:-1][panel], ends.diff()[panel]
-        order = torch.arange(points)
-        # Lagrange's polynomials through Chebyshev's points, by the sum of Chebyshev polynomials they are
-        inside = (2 * (tree.distance - start) / width - 1).clamp(-1, 1).acos()
-        basis = (2 - (order == 0).double()) / points * (order * angle[:, None]).cos()
-        weights = (order * inside[:, None]).cos() @ basis.T
-        at = (ends[:-1, None] + ends.diff()[:, None] * (1 + angle.cos()) / 2).flatten()
-        tree.kept[key] = (_buckets(tree, panel * points, weights, x), at.to(x))
+        inside = (2 * (tree.distance - ends[panel]) / ends.diff()[panel] - 1).clamp(-1, 1)
+        nodes = ((torch.arange(POINTS[x.dtype], dtype=torch.float64) + 0.5) * (math.pi / POINTS[x.dtype])).cos()
+        # Lagrange's polynomials through Chebyshev's points, by the sum of Chebyshev polynomials that they are
+        basis = 2 / len(nodes) * _chebyshev(nodes, len(nodes))
+        basis[0] /= 2
+        weights = basis.T.to(x.dtype) @ _chebyshev(inside, len(nodes)).to(x.dtype)
+        at = (ends[:-1, None] + ends.diff()[:, None] * (1 + nodes) / 2).flatten()
+        tree.kept[key] = (_buckets(tree, panel, weights, x), at.to(x))
     buckets, at = tree.kept[key]
     result = torch.zeros_like(x)
     for bucket in buckets:
         here = at[: bucket.slots]
         result = result + bucket.drain(f(here[:, None] + here) @ bucket.fill(x).flip(1))
     return result
+
+
+def _chebyshev(x: Float[Tensor, " n"], count: int) -> Float[Tensor, "k n"]:
+    """T_0, T_1, .. at points from -1 to 1."""
+    rows = [torch.ones_like(x), x]
+    while len(rows) < count:
+        rows.append(2 * x * rows[-1] - rows[-2])
+    return torch.stack(rows[:count])
 
 
 # Any f and any weights: the matrices of different distances

@@ -5,15 +5,15 @@ Paper    Choromanski et al.: Fast Tree-Field Integrators (NeurIPS 2024), arXiv:2
 Idea     Every tree has a node, the pivot, at which it falls into two trees of at least a quarter of the nodes each
          that share the pivot alone. Done again and again, every pair of nodes is parted exactly once, at a pivot on its
          path: dist(i, j) = dist(i, pivot) + dist(pivot, j).
-Here     All trees of a level are halved together, by array operations. The nodes stand in preorder: a part of a tree is
-         then a subsequence of it, again in preorder, and no tree is ever walked. Everything is done once a tree, in
-         NumPy; what the integrators read are index tensors.
+Here     The nodes stand in preorder: a part of a tree is then a subsequence of it, again in preorder, and no part is
+         ever walked. A level is halved at a time, by native/trees.cpp or by array operations. Everything is
+         done once a tree; what the integrators read are index tensors.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from formwright.errors import FormwrightError
+from formwright.ops import native
 
 LEAF = 32  # trees of up to so many nodes are not halved any more
 FINEST = 64  # weights that are multiples of 1 / q, q up to this, lie on a lattice
@@ -103,21 +104,77 @@ def integrator_tree(
         raise FormwrightError(f"Leaves of {leaf} nodes cannot be: choose from 2, such as {LEAF}.")
     ends = _edges(edges)
     lengths = np.ones(len(ends)) if weights is None else _weights(weights, len(ends))
-    rooted = _preorder(ends, lengths)
-    entries, halves, distances, levels, leaves = _halved(rooted, leaf)
-    nodes, within = _inside(rooted, *(np.concatenate(part) for part in zip(*leaves, strict=True)))
+    rooted, halves, (place, length) = _halved_by_kernel(ends, lengths, leaf) or _halved_by_arrays(ends, lengths, leaf)
+    nodes, within = _inside(rooted, place, length)
+    entry, half, distance, level = (torch.from_numpy(part) for part in halves)
     return IntegratorTree(
         nodes=len(rooted.node),
-        levels=max(levels, default=-1) + 1,
-        entry=torch.from_numpy(entries),
-        half=torch.from_numpy(halves),
-        distance=torch.from_numpy(distances),
-        level=torch.tensor(levels, dtype=torch.long),
+        levels=int(level.max()) + 1 if len(level) else 0,
+        entry=entry,
+        half=half,
+        distance=distance,
+        level=level,
         leaf=torch.from_numpy(nodes),
         within=torch.from_numpy(within),
         step=_lattice(lengths),
         rooted=rooted,
     )
+
+
+@functools.cache
+def _kernel(name: str, tensors: int, numbers: int) -> Callable[..., int] | None:
+    """A native function; none where the kernels are not built, or are from before it."""
+    try:
+        return native.function(name, tensors=tensors, numbers=numbers)
+    except AttributeError:
+        return None
+
+
+def _pointers(*arrays: Array) -> list[int]:
+    return [array.ctypes.data for array in arrays]
+
+
+def counting_sort(keys: Array, count: int) -> tuple[Array, Array]:
+    """For things that belong to 0 .. count - 1: in which order to take them, and where each one's begin (and end)."""
+    kernel = _kernel("formwright_counting_sort", 3, 2)
+    if kernel is None:
+        return np.argsort(keys, kind="stable"), np.concatenate([[0], np.bincount(keys, minlength=count).cumsum()])
+    keys, order, begin = np.ascontiguousarray(keys), np.empty(len(keys), np.int64), np.empty(count + 1, np.int64)
+    kernel(*_pointers(keys, order, begin), len(keys), count)
+    return order, begin
+
+
+Halves = tuple[Rooted, tuple[Array, Array, Array, Array], tuple[Array, Array]]
+
+
+def _halved_by_kernel(ends: Array, lengths: Array, leaf: int) -> Halves | None:
+    """See native/trees.cpp; none without it, and for what is no tree."""
+    kernel, nodes = _kernel("formwright_halve_tree", 14, 3), len(ends) + 1
+    if kernel is None:
+        return None
+    whole, real = (lambda size: np.empty(size, np.int64)), (lambda size: np.empty(size))
+    # at each level there are fewer than 2 n entries, and a level is at most 3/4 of the last, and a node, in length
+    room = 2 * nodes * (2 + math.ceil(math.log(max(nodes / leaf, 1)) / math.log(4 / 3)))
+    rooted = [whole(nodes), whole(nodes), whole(nodes), real(nodes), real(nodes)]
+    halves, leaves = [whole(room), whole(room), real(room), whole(room)], [whole(room), whole(room)]
+    counts = whole(4)
+    ends, lengths = np.ascontiguousarray(ends), np.ascontiguousarray(lengths)
+    if kernel(*_pointers(ends, lengths, *rooted, *halves, *leaves, counts), nodes, leaf, room):
+        return None
+    entries, parts, places, count = counts.tolist()
+    node, parent, size, depth, weight = rooted
+    return (
+        Rooted(node=node, parent=parent, size=size, depth=depth, weight=weight),
+        tuple(part[:end].copy() for part, end in zip(halves, (entries, entries, entries, parts), strict=True)),
+        (leaves[0][:places], leaves[1][:count]),
+    )
+
+
+def _halved_by_arrays(ends: Array, lengths: Array, leaf: int) -> Halves:
+    rooted = _preorder(ends, lengths)
+    entries, halves, distances, levels, leaves = _halved(rooted, leaf)
+    gathered = tuple(np.concatenate(part) for part in zip(*leaves, strict=True))
+    return rooted, (entries, halves, distances, np.array(levels, np.int64)), gathered
 
 
 def _edges(edges: Tensor) -> Array:
@@ -138,14 +195,13 @@ def _weights(weights: Tensor, edges: int) -> Array:
 
 def _lattice(lengths: Array) -> float | None:
     """The step of which all weights are multiples; none without one."""
-    for parts in range(1, FINEST + 1):
-        for some in (lengths[:16], lengths):  # the first few rule out nearly all
-            whole = np.rint(some * parts)
-            if (np.abs(some * parts - whole) > 1e-9 * np.maximum(1, whole)).any():
-                break
-        else:
+    parts = np.arange(1, FINEST + 1)[:, None]
+    few = lengths[:16] * parts  # the first weights rule out nearly all
+    for candidate in np.flatnonzero((np.abs(few - np.rint(few)) <= 1e-9 * np.maximum(1, few)).all(1)) + 1:
+        whole = np.rint(lengths * candidate)
+        if (np.abs(lengths * candidate - whole) <= 1e-9 * np.maximum(1, whole)).all():
             step = int(np.gcd.reduce(whole.astype(np.int64))) if len(whole) else 0
-            return max(step, 1) / parts
+            return max(step, 1) / int(candidate)
     return None
 
 
@@ -271,6 +327,13 @@ def _to_pivot(depth: Array, size: Array, i: Array, tree: Array, pivot: Array, le
 def _inside(rooted: Rooted, place: Array, length: Array) -> tuple[Array, Array]:
     """Nodes and mutual distances of small trees: (l, t), -1 where there is none, and (l, t, t)."""
     most, start = int(length.max()), np.cumsum(length) - length
+    kernel = _kernel("formwright_leaf_distances", 7, 2)
+    if kernel is not None:
+        nodes, within = np.empty((len(length), most), np.int64), np.empty((len(length), most, most))
+        place, length = np.ascontiguousarray(place), np.ascontiguousarray(length)
+        given = _pointers(place, length, rooted.node, rooted.parent, rooted.weight)
+        kernel(*given, *_pointers(nodes, within), len(length), most)
+        return nodes, within
     column = np.arange(most)
     there = column < length[:, None]
     at = np.where(there, start[:, None] + np.minimum(column, length[:, None] - 1), 0)
