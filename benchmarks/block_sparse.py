@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -36,6 +37,7 @@ from formwright.ops import block_sparse
 WARM_UP = 2
 TOKENS = 32 * 128
 SHARES = (0.0, 0.5, 0.7, 0.8, 0.9)
+SCALE, ZERO = 8 / 255, 128  # of the products' inputs
 Times = dict[str, list[tuple[float, float]]]
 
 
@@ -72,18 +74,18 @@ def products(rounds: int) -> list[dict[str, object]]:
     found = []
     for rows, columns in ((768, 768), (3072, 768), (768, 3072)):
         x, weight, bias = torch.randn(TOKENS, columns), torch.randn(rows, columns), torch.randn(rows)
-        scale, zero, step = 8 / 255, 128, (weight.abs().amax(1) / 127)
+        step = weight.abs().amax(1) / 127
         whole = (weight / step[:, None]).round().to(torch.int8)
         packed = torch.ops.onednn.qlinear_prepack(whole, None)
-        codes = block_sparse.quantise(x, scale, zero)
-        zeros, shift = torch.zeros(rows, dtype=torch.int32), torch.full((columns,), zero + 0.5)
+        codes = block_sparse.quantise(x, SCALE, ZERO)
+        zeros, shift = torch.zeros(rows, dtype=torch.int32), torch.full((columns,), ZERO + 0.5)
         signed, turned = (codes.short() - 128).to(torch.int8), whole.T
 
         def dense(x=x, packed=packed, step=step, zeros=zeros, bias=bias, shift=shift) -> torch.Tensor:
-            inverse = torch.tensor(1 / scale)
+            inverse = torch.tensor(1 / SCALE)
             q = torch.addcmul(shift, x, inverse).clamp_(0, 255).to(torch.uint8)
             return torch.ops.onednn.qlinear_pointwise(
-                q, 1.0, zero, packed, scale * step, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+                q, 1.0, ZERO, packed, SCALE * step, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
             )
 
         cases: dict[str, Callable[[], object]] = {
@@ -95,15 +97,15 @@ def products(rounds: int) -> list[dict[str, object]]:
             sparse = pruned(whole, share)
             matrix = block_sparse.Matrix(
                 packed=block_sparse.pack(sparse),
-                factors=scale * step,
-                offsets=zero * sparse.sum(1, dtype=torch.int32),
+                factors=SCALE * step,
+                offsets=ZERO * sparse.sum(1, dtype=torch.int32),
                 bias=bias,
                 inputs=columns,
             )
-            sums = block_sparse.integers(block_sparse.to_panels(x[:64], scale, zero)[0], matrix)
+            sums = block_sparse.integers(block_sparse.to_panels(x[:64], SCALE, ZERO)[0], matrix)
             assert torch.equal(sums, block_sparse.dense_product(codes[:64], sparse) - matrix.offsets)
             cases[f"sparse {share:.0%}"] = lambda x=x, m=matrix: block_sparse.floats(
-                block_sparse.to_panels(x, scale, zero)[0], m
+                block_sparse.to_panels(x, SCALE, ZERO)[0], m
             )
         times = interleaved(cases, rounds)
         figures = shown(f"{rows} x {columns}", times, "float32")
@@ -119,7 +121,7 @@ def break_even(figures: dict, other: str) -> float | None:
     limit = figures[other]["processor"]
     if taken[0][1] <= limit:
         return 0.0
-    for (a, before), (b, after) in zip(taken, taken[1:], strict=False):
+    for (a, before), (b, after) in pairwise(taken):
         if after <= limit:
             return round(a + (b - a) * (before - limit) / (before - after), 2)
     return None
@@ -137,12 +139,13 @@ def encoder(rounds: int) -> list[dict[str, object]]:
     for title, lengths in (("full", torch.full((32,), 128)), ("padded", torch.linspace(16, 128, 32).long())):
         mask = (torch.arange(128) < lengths[:, None]).long()
         ids = torch.randint(5, 30000, (32, 128)) * mask
-        cases = {name: lambda m=model, i=ids, a=mask: m(input_ids=i, attention_mask=a) for name, model in models.items()}
+        given = {"input_ids": ids, "attention_mask": mask}
+        cases = {name: lambda model=model, given=given: model(**given) for name, model in models.items()}
         with torch.no_grad():
             times = interleaved(cases, rounds)
         found.append({"texts": title, "times": shown(f"DistilBERT, {title}", times, "float32")})
     sizes = {name: sum(one.nbytes for one in model.state_dict().values()) / 1e6 for name, model in models.items()}
-    print(f"{'':24} MB {({name: round(size, 1) for name, size in sizes.items()})}")
+    print(f"{'':24} MB { ({name: round(size, 1) for name, size in sizes.items()}) }")
     return found
 
 
