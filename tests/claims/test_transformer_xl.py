@@ -44,8 +44,8 @@ def test_further(contexts, verdict):
 @pytest.mark.parametrize(
     ("ratios", "verdict"),
     [
-        ([(12, 20, 40), (10, 9, 30)], "holds"),
-        ([(12, 20, 11)], "holds in direction"),
+        ([(12, 20, 40), (10, 11, 30)], "holds"),
+        ([(12, 20, 19)], "holds in direction"),
         ([(9, 20, 40)], "holds in direction"),
         ([(12, 20, 40), (12, 0.9, 40)], "does not hold here"),
     ],

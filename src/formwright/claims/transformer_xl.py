@@ -7,9 +7,9 @@ Paper    WikiText-103 perplexity 24.0 with 151 M parameters; relative effective 
 Here     A character model of Python's own manual, two layers of width 64, segments of 64 bytes, 1,500 steps of 1,024
          bytes. Arms: Transformer-XL with a memory of 64; the same without memory; learned absolute positions in
          windows of 64 bytes; the same in windows of 128, which see as far as a segment and its memory.
-Fair     All arms have the same width, depth and block and the same number of parameters (what W_r takes, the others'
-         feed-forward layers get), see the same number of bytes, and take the best of four learning rates on validation
-         text. The arms without memory are tested in windows that overlap by half, of which the second half is told, so
+Fair     All arms have the same width, depth and block (pre-norm: after the paper's post-norm the absolute arms did not
+         learn at these rates) and the same number of parameters (what W_r takes, the others' feed-forward layers get),
+         see the same number of bytes, and take the best of four learning rates on validation text. The arms without memory are tested in windows that overlap by half, of which the second half is told, so
          that no byte pays for a window's beginning. Transformer-XL's memory in the test, 64, 128 or 256, is chosen on
          validation text.
          Context: the loss of test bytes with c to c + 15 bytes before them; those of fixed context read what fits. Hard
@@ -116,7 +116,7 @@ def built(arm: str, vocab: int) -> nn.Module:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "feedforward": "relu",
-        "block": "post",
+        "block": "pre",
         "qkv_bias": False,
         "lm_head_bias": True,
         "dropout": 0.0,

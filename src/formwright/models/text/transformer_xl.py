@@ -278,7 +278,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> TransformerOutput:
-        """One segment.
+        """One segment; without a memory, as with use_cache=False, that is the whole text.
 
         Args:
             attention_mask: (b, tokens so far): those of this segment and all before it, forgotten ones too.

@@ -195,7 +195,7 @@ class TransformerXLAttention(nn.Module):
         distances = torch.arange(context.keys, last - 1, -1, device=q.device)
         if self.clamp_len is not None:
             distances = distances.clamp(-self.clamp_len, self.clamp_len)
-        key = f"transformer-xl {context.keys} to {last} by {self.clamp_len}"
+        key = f"transformer-xl {context.keys} to {last} by {self.clamp_len} {q.dtype}"
         if key not in context.carry:
             context.carry[key] = self._waves(distances, q.dtype)
         products = q @ self._keys(context.carry[key])
@@ -203,12 +203,13 @@ class TransformerXLAttention(nn.Module):
         return moved[..., : context.keys]
 
     def _by_turning(self, q: Float[Tensor, "b h q d"], context: Context) -> Float[Tensor, "b h q k"]:
-        waves = context.carry.get("transformer-xl waves")
+        key = f"transformer-xl waves {q.dtype}"
+        waves = context.carry.get(key)
         if waves is None or waves[0] is not context.positions:
             places = (
                 torch.arange(context.keys, device=q.device)[None] if context.positions is None else context.positions
             )
-            waves = context.carry["transformer-xl waves"] = (
+            waves = context.carry[key] = (
                 context.positions,
                 self._waves(places - places[:, -1:], q.dtype)[:, None],  # small angles are exact
             )
