@@ -189,12 +189,12 @@ class ExponentialQuadratic:
         return ((self.a * x + self.b) * x + self.c).exp()
 
     def panels(self, reach: float) -> list[float]:
-        """Twice the width of the bell, or a growth by e^6."""
+        """One and a half times the width of the bell, or a growth by e^4."""
         a, b = (float(torch.as_tensor(part).detach()) for part in (self.a, self.b))
         if a < 0:
-            return _panels(reach, lambda _: 2 / math.sqrt(-a))
+            return _panels(reach, lambda _: 1.5 / math.sqrt(-a))
         growth = 4 * a * reach + abs(b)
-        return _panels(reach, lambda _: 6 / growth if growth > 0 else math.inf)
+        return _panels(reach, lambda _: 4 / growth if growth > 0 else math.inf)
 
 
 def _polynomial(coefficients: Tensor, x: Tensor) -> Tensor:
