@@ -13,6 +13,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def encoder(folder: str) -> dict[str, Callable[[], Any]]:
     for changed in both.values():
         BFloat16().apply(changed)
     found = {"float32": model, "bfloat16": half, "int8, rest float32": only, **both}
-    return {name: (lambda one=one: one(**batch)) for name, one in found.items()}
+    return {name: partial(one, **batch) for name, one in found.items()}
 
 
 @torch.inference_mode()

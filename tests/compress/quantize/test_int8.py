@@ -243,19 +243,32 @@ def test_the_weight_is_near_the_old_one_in_the_models_dtype() -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_gradients_are_refused_and_inference_is_not(scale) -> None:
+def test_the_way_back_is_refused_and_only_that(scale) -> None:
     new, x = made(linear(), inputs(), scale), inputs()
-    with pytest.raises(FormwrightError, match="has no gradients"):
-        new(x.requires_grad_())
+    expected = new(x)
     with torch.inference_mode():
-        new(x)
+        assert torch.equal(new(x), expected)
+    y = new(x.requires_grad_())
+    assert torch.equal(y, expected)
+    with pytest.raises(FormwrightError, match="has no gradients"):
+        y.sum().backward()
 
 
-def test_a_model_in_training_is_told() -> None:
+def test_training_a_model_is_refused() -> None:
     model = zoo.build("bert")
     pipeline.apply(model, Int8(samples=4), data())
-    with pytest.raises(FormwrightError, match="has no gradients"):
-        model(**zoo.batch_for("bert"))
+    loss = model(**zoo.batch_for("bert"), labels=torch.tensor([0, 1])).loss
+    with pytest.raises(FormwrightError, match="train the model before step int8"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_compiler_sees_pytorch_alone_and_the_same_answer(scale, monkeypatch) -> None:
+    new, x = made(linear(), inputs(300), scale), inputs(300)
+    expected = new(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert new.packed.weight is None
+    torch.testing.assert_close(new(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_another_weight_is_packed_anew() -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int8, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -44,10 +44,12 @@ Scale = Literal["static", "dynamic"]
 POWERS = (0.0, 0.5, 0.7, 0.8, 0.9)  # what smooth=None tries
 TOKENS = 512  # of calibration, on which it chooses
 
+BLOCK = 256  # tokens that are rounded at a time
+
 EXACT = 1024  # products of a byte and a byte, as many as float32 adds without rounding: 128 * 128 * 1024 = 2^24
 
 
-def exact_product(x: UInt8[Tensor, "t i"], weight: Int8[Tensor, "o i"], zero: int) -> Int32[Tensor, "t o"]:
+def exact_product(x: UInt8[Tensor, "t i"], weight: Int[Tensor, "o i"], zero: int) -> Int32[Tensor, "t o"]:
     """sum_j (x_j - zero) weight_ij, exactly, on any device: float32 adds up pieces whose sums it can hold."""
     pieces = zip((x.float() - 128).split(EXACT, 1), weight.float().split(EXACT, 1), strict=True)
     total = sum((a @ b.T).to(torch.int32) for a, b in pieces)
@@ -76,6 +78,18 @@ class Packed(NamedTuple):
     bias: Float[Tensor, " o"] | None
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Ends the way back with a word, where a plain detach would let a model train without its layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG004
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> None:  # noqa: ARG004
+        raise FormwrightError("An int8 layer has no gradients: train the model before step int8, not after it.")
+
+
 class Int8Linear(Rebuilt):
     """A linear layer on 8-bit integers. Scales and bias are kept as the bits of float32, which no cast can round.
 
@@ -83,23 +97,20 @@ class Int8Linear(Rebuilt):
     """
 
     kind: ClassVar[str] = "int8-linear"
-    codes: Int8[Tensor, "o i"]
+    codes: Int[Tensor, "o i"]
     weight_scale: Int32[Tensor, " o"]
     smoothing: Int32[Tensor, " i"] | None
     input_scale: Int32[Tensor, ""] | None
-    zero: UInt8[Tensor, ""] | None
     offset: Int32[Tensor, " o"] | None
     one: Tensor
 
-    def __init__(self, *, inputs: int, outputs: int, bias: bool, scale: Scale, smooth: bool) -> None:
+    def __init__(self, *, inputs: int, outputs: int, bias: bool, scale: Scale, smooth: bool, zero: int = 128) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.scale = inputs, outputs, scale
-        static = scale == "static"
+        self.in_features, self.out_features, self.scale, self.zero = inputs, outputs, scale, zero
         self.register_buffer("codes", torch.empty(outputs, inputs, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty(outputs, dtype=torch.int32))
         self.register_buffer("smoothing", torch.empty(inputs, dtype=torch.int32) if smooth else None)
-        self.register_buffer("input_scale", torch.empty((), dtype=torch.int32) if static else None)
-        self.register_buffer("zero", torch.empty((), dtype=torch.uint8) if static else None)
+        self.register_buffer("input_scale", torch.empty((), dtype=torch.int32) if scale == "static" else None)
         self.register_buffer("offset", torch.empty(outputs, dtype=torch.int32) if bias else None)
         self.register_buffer("one", torch.ones(()))  # has the model's dtype
         self._packed: Packed | None = None
@@ -111,6 +122,7 @@ class Int8Linear(Rebuilt):
             "bias": self.offset is not None,
             "scale": self.scale,
             "smooth": self.smoothing is not None,
+            "zero": self.zero,
         }
 
     @classmethod
@@ -136,7 +148,7 @@ class Int8Linear(Rebuilt):
             low = (seen.low / factor).amin().clamp(max=0)  # 0 is met exactly: padding, ReLU
             high = (seen.high / factor).amax().clamp(min=0)
             step = nonzero((high - low) / 255)
-            new.input_scale, new.zero = bits(step), (-low / step).round().to(torch.uint8)
+            new.input_scale, new.zero = bits(step), int((-low / step).round())
         if old.bias is not None:
             new.offset = bits(old.bias.detach())
         return new
@@ -153,44 +165,40 @@ class Int8Linear(Rebuilt):
 
     @property
     def packed(self) -> Packed:
-        """Made at the first call, and again when the weight is another tensor."""
+        """Made at the first call, and again when the weight is another tensor; a compiler gets no oneDNN weight."""
+        if torch.compiler.is_compiling():
+            return self.pack(None)
         if self._packed is None or self._packed.source is not self.codes:
-            zero = 128 if self.zero is None else int(self.zero)
-            scale = values(self.weight_scale)
-            factor = torch.ones_like(scale[0]) if self.smoothing is None else 1 / values(self.smoothing)
-            if self.input_scale is not None:
-                factor, scale = factor / values(self.input_scale), scale * values(self.input_scale)
-            self._packed = Packed(
-                source=self.codes,
-                weight=torch.ops.onednn.qlinear_prepack(self.codes, None)
-                if has_instructions(self.codes.device)
-                else None,
-                factor=factor,
-                shift=torch.full_like(scale[0], zero + 0.5),
-                zero=zero,
-                scale=scale,
-                zeros=torch.zeros_like(self.weight_scale),
-                bias=None if self.offset is None else values(self.offset),
-            )
+            fast = has_instructions(self.codes.device)
+            self._packed = self.pack(torch.ops.onednn.qlinear_prepack(self.codes, None) if fast else None)
         return self._packed
 
+    def pack(self, weight: Tensor | None) -> Packed:
+        scale = values(self.weight_scale)
+        factor = torch.ones_like(scale[0]) if self.smoothing is None else 1 / values(self.smoothing)
+        if self.input_scale is not None:
+            factor, scale = factor / values(self.input_scale), scale * values(self.input_scale)
+        return Packed(
+            source=self.codes,
+            weight=weight,
+            factor=factor,
+            shift=torch.full_like(scale[0], self.zero + 0.5),
+            zero=self.zero,
+            scale=scale,
+            zeros=torch.zeros_like(self.weight_scale),
+            bias=None if self.offset is None else values(self.offset),
+        )
+
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise FormwrightError(
-                "An int8 layer has no gradients: call the model under torch.no_grad(), and train before step int8."
-            )
-        packed, rows = self.packed, x.reshape(-1, self.in_features).float()
-        if self.scale == "static":
-            # addcmul: one pass over memory where multiplying, adding and rounding would be three.
-            codes = torch.addcmul(packed.shift, rows, packed.factor).clamp_(0, 255).to(torch.uint8)
-            y = product(packed, codes, packed.bias, x.dtype)
-        else:
-            rows = rows * packed.factor
-            step = nonzero(rows.abs().amax(1, keepdim=True) / 127)
-            codes = torch.addcdiv(packed.shift, rows, step).to(torch.uint8)
-            y = product(packed, codes, None, torch.float32)
-            y = y.mul_(step) if packed.bias is None else torch.addcmul(packed.bias, y, step)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        with torch.no_grad():
+            packed, rows = self.packed, x.detach().reshape(-1, self.in_features)
+            if self.scale == "static":
+                codes = in_blocks(lambda part: rounded(part.float(), packed), rows, self.in_features, torch.uint8)
+                y = product(packed, codes, packed.bias, x.dtype)
+            else:
+                y = in_blocks(lambda part: by_token(part.float(), packed), rows, self.out_features, x.dtype)
+            y = y.view(*x.shape[:-1], self.out_features)
+        return WithoutGradient.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # a copy packs its own weight
@@ -203,11 +211,35 @@ class Int8Linear(Rebuilt):
         return f"{self.in_features}, {self.out_features}, scale={self.scale}, smooth={self.smoothing is not None}"
 
 
+def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """A function of every row; on a processor some rows at a time, so that what is in between stays in its cache."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return function(rows).to(dtype)
+    out = rows.new_empty(len(rows), width, dtype=dtype)
+    for part, place in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
+        place.copy_(function(part))
+    return out
+
+
+def rounded(x: Float[Tensor, "t i"], packed: Packed) -> Int32[Tensor, "t i"]:
+    """X of the whole tensor's scale. int32 is cut off much faster than uint8, and then is as fast to shorten."""
+    return torch.addcmul(packed.shift, x, packed.factor).clamp_(0, 255).to(torch.int32)
+
+
+def by_token(x: Float[Tensor, "t i"], packed: Packed) -> Float[Tensor, "t o"]:
+    """The answer with a scale for each token."""
+    x = x * packed.factor
+    step = nonzero(x.abs().amax(1, keepdim=True) / 127)
+    codes = torch.addcdiv(packed.shift, x, step).to(torch.int32).to(torch.uint8)
+    y = product(packed, codes, None, torch.float32)
+    return y * step if packed.bias is None else torch.addcmul(packed.bias, y, step)
+
+
 def product(
     packed: Packed, codes: UInt8[Tensor, "t i"], bias: Float[Tensor, " o"] | None, dtype: torch.dtype
 ) -> Float[Tensor, "t o"]:
     """scale_i sum_j (codes_j - zero) W_ij + bias_i."""
-    if packed.weight is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if packed.weight is None:
         y = exact_product(codes, packed.source, packed.zero) * packed.scale
         return (y if bias is None else y + bias).to(dtype)
     return torch.ops.onednn.qlinear_pointwise(
