@@ -244,7 +244,7 @@ class Bench:
     def __init__(
         self, model: PreTrainedModel, data: Data, *, name: str, folder: Path, max_drop: float, processor: Any = None
     ) -> None:
-        self.original = model.eval()
+        self.original = finite(model).eval()
         self.data, self.name, self.folder, self.processor = data, name, folder, processor
         whole: Task = data.task  # type: ignore[assignment]
         self.task = judging_on(whole, data.kind, max_drop, data.seed)
@@ -276,15 +276,21 @@ class Bench:
         processor = None if isinstance(model, PreTrainedModel) else processor_of(model, kind)
         say("Reading the model and the data")
         opened = model if isinstance(model, PreTrainedModel) else open_model(model)
+        if kind == "causal-lm" and not opened.can_generate():
+            raise FormwrightError(
+                f"{type(opened).__name__} tells no next token: give a causal language model, or another --task."
+            )
         if isinstance(data, Task):
             found = data
         elif processor is None:
             raise FormwrightError("Give the model's folder, so that its tokenizer is found, or data as a Task.")
         else:
-            classes = {int(i): n for i, n in (opened.config.id2label or {}).items()} if has_head(opened) else None
+            named = has_head(opened) and kind.endswith("classification")
+            classes = {int(i): n for i, n in (opened.config.id2label or {}).items()} if named else None
             found = read(kind, data, processor, text=text, label=label, classes=classes, seed=seed)
         kept = folder / "original"
-        if (kept / "config.json").exists():
+        # without a run.json it is what a run that was refused has left, maybe another model's
+        if (kept / "config.json").exists() and read_run(folder) is not None:
             original = load(kept)
         else:
             original = ensure_head(opened, found) if kind.endswith("classification") else opened
@@ -387,6 +393,20 @@ class Bench:
         return model
 
 
+def finite(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself.
+
+    Raises:
+        FormwrightError: it holds a weight that is no number or infinite.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise FormwrightError(
+                f"{name} of the model holds values that are no numbers: train or copy the model again."
+            )
+    return model
+
+
 def has_head(model: PreTrainedModel) -> bool:
     return "ForSequenceClassification" in type(model).__name__ or "ForImageClassification" in type(model).__name__
 
@@ -414,7 +434,7 @@ def processor_of(model: str | Path, kind: Kind) -> Any:
     Raises:
         FormwrightError: there is none.
     """
-    if Path(model).is_dir():
+    if Path(model).exists():
         read_config(Path(model))  # what is no model at all is told as such
     images = kind == "image-classification"
     try:
@@ -422,7 +442,7 @@ def processor_of(model: str | Path, kind: Kind) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as wrong:
         what = "image processor" if images else "tokenizer"
         raise FormwrightError(
-            f"{model} holds no {what}: save the model's own beside it with save_pretrained."
+            f"{model} holds no {what} that can be read: save the model's own beside it with save_pretrained."
         ) from wrong
 
 
