@@ -11,7 +11,7 @@ validation rows, and a file that loses more than allowed is not left behind.
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class Exported:
 class Scored(nn.Module):
     """A file as a model that can be evaluated."""
 
-    def __init__(self, run: OnnxRunner | OpenVinoRunner) -> None:
+    def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
         self.run = run
         self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # the CPU

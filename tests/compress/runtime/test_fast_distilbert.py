@@ -3,6 +3,7 @@
 import copy
 import pickle
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from formwright.build import build
 from formwright.compress import pipeline
 from formwright.compress.modifier import Data
 from formwright.compress.prune.llm_weight_pruning import matrices
+from formwright.compress.recipe import Recipe
 from formwright.compress.runtime import fast_distilbert as fast
 from formwright.compress.runtime.fast_distilbert import (
     BlockPrune,
@@ -474,3 +476,11 @@ def test_what_cannot_be_done_is_said(data) -> None:
         model.train()(**batch(), labels=torch.tensor([0, 1, 0]))
     with pytest.raises(FormwrightError, match="no loss"):
         BlockPrune().check(zoo.build("mpnet"))
+
+
+def test_the_recipe_on_the_page_can_be_read(tmp_path) -> None:
+    page = Path(__file__).parents[3] / "docs" / "systems" / "fast-distilbert.md"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(page.read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0])
+    kinds = [type(one).__name__ for one in Recipe.read(path).modifiers()]
+    assert kinds == ["BlockPrune", "Distill", "SparseInt8"]
