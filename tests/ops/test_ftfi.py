@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from formwright.errors import FormwrightError
+from formwright.ops import trees
 from formwright.ops.ftfi import (
     Cosine,
     Exponential,
@@ -217,10 +218,27 @@ def test_a_metric_must_be_one():
 
 
 def test_brute_force_is_symmetric_and_zero_on_the_diagonal():
-    tree = integrator_tree(some_tree(40), torch.rand(39))
-    distances = torch.from_numpy(all_distances(tree.rooted))
+    distances = torch.from_numpy(all_distances(integrator_tree(some_tree(40), torch.rand(39)).rooted))
     torch.testing.assert_close(distances, distances.T)
     assert float(distances.diagonal().abs().max()) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nodes", [1, 2, 40, 1000])
+def test_the_native_kernel_halves_as_the_arrays_do(nodes, kind, monkeypatch):
+    edges, weights = some_tree(nodes, kind), torch.rand(nodes - 1)
+    native = integrator_tree(edges, weights, leaf=7)
+    monkeypatch.setattr(trees, "_kernel", lambda *_: None)
+    plain = integrator_tree(edges, weights, leaf=7)
+    for name in ("entry", "half", "level", "distance", "leaf", "within"):
+        ours, theirs = getattr(native, name), getattr(plain, name)
+        if name == "within":  # what stands where a leaf has no nodes is of no account
+            there = native.leaf >= 0
+            ours, theirs = (part[there[:, :, None] & there[:, None, :]] for part in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    assert native.step == plain.step
+    x = field(nodes, 2)
+    torch.testing.assert_close(integrate(native, x, FUNCTIONS["e^-x"]), integrate(plain, x, FUNCTIONS["e^-x"]))
 
 
 def number(*values):

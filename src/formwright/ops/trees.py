@@ -74,7 +74,8 @@ class IntegratorTree:
 
     def distances(self) -> Float[Tensor, "n n"]:
         """dist(i, j) of all pairs, float64: O(n^2), for tests and small trees."""
-        return torch.from_numpy(all_distances(self.rooted))
+        place = np.argsort(self.rooted.node)
+        return torch.from_numpy(np.maximum(all_distances(self.rooted)[place][:, place], 0.0))
 
     @functools.cached_property
     def diameter(self) -> float:
@@ -351,18 +352,17 @@ def _inside(rooted: Rooted, place: Array, length: Array) -> tuple[Array, Array]:
     return np.where(there, rooted.node[places], -1), np.ascontiguousarray(apart.transpose(2, 0, 1))
 
 
-def all_distances(rooted: Rooted) -> Array:
-    """The matrix of all distances: a node is an edge further than its parent from all but its own descendants."""
-    count = len(rooted.node)
-    apart = np.empty((count, count))
+def all_distances(rooted: Rooted, dtype: type = np.float64) -> Array:
+    """The matrix of all distances, nodes in preorder: one is an edge further than its parent from all but its own
+    descendants.
+    """
+    apart = np.empty((len(rooted.node),) * 2, dtype)
     apart[0] = rooted.depth
-    for j in range(1, count):
-        np.add(apart[rooted.parent[j]], rooted.weight[j], out=apart[j])
-        apart[j, j : j + rooted.size[j]] -= 2 * rooted.weight[j]
-    np.maximum(apart, 0.0, out=apart)
-    at = np.empty(count, np.int64)
-    at[rooted.node] = np.arange(count)
-    return apart[at][:, at]
+    weight, parent, size = rooted.weight.astype(dtype), rooted.parent.tolist(), rooted.size.tolist()
+    for j in range(1, len(apart)):
+        np.add(apart[parent[j]], weight[j], out=apart[j])
+        apart[j, j : j + size[j]] -= 2 * weight[j]
+    return apart
 
 
 def spanning_tree(
