@@ -286,6 +286,24 @@ def test_training_through_the_trainer_carries_the_memory_from_step_to_step():
     assert history.curve[0]["step"] == 2
 
 
+def test_a_run_that_broke_off_goes_on_at_its_place_in_the_text(tmp_path):
+    task, settings = stream_task(), Settings(steps=6, batch_size=4, save_every=2)
+    whole = fit(small(task), task, settings, folder=tmp_path / "whole")
+
+    def stop(step, *_):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(task), task, settings, folder=tmp_path / "broken", progress=stop)
+    again = small(task)
+    history = fit(again, task, settings, folder=tmp_path / "broken")
+    assert again.model.streams[True][2] == 6 * 16
+    assert history.losses[:4] == pytest.approx(whole.losses[:4], abs=1e-5)
+    assert history.losses[4] != whole.losses[4]  # its memory was empty
+    assert history.losses[4] == pytest.approx(whole.losses[4], abs=0.05)
+
+
 def test_transformers_own_trainer_takes_the_streams_as_they_are(tmp_path):
     task = stream_task()
     made = small(task)
