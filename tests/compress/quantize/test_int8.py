@@ -340,7 +340,8 @@ def test_a_fresh_process_gives_the_same_answers_through_the_auto_classes(tmp_pat
         "with torch.no_grad(): out = model(**torch.load(sys.argv[1] + '/batch.pt')).logits\n"
         "torch.save(out, sys.argv[1] + '/out.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
     assert torch.equal(torch.load(tmp_path / "out.pt"), zoo.outputs(model, "gpt2"))
 
 
