@@ -197,16 +197,20 @@ def integers(x: Panels, matrix: Matrix) -> Int32[Tensor, "t m"]:
     return out
 
 
-def floats(x: Panels, matrix: Matrix, activation: Activation = "none") -> Float[Tensor, "t m"]:
-    """The product in floats, bias added and activated."""
-    out = torch.empty(x.tokens, matrix.outputs)
+def floats(
+    x: Panels, matrix: Matrix, activation: Activation = "none", *, out: Float[Tensor, "t m"] | None = None
+) -> Float[Tensor, "t m"]:
+    """The product in floats, bias added and activated; written into `out` where there is one."""
+    out = torch.empty(x.tokens, matrix.outputs) if out is None else out
     _run(x, matrix, out=out, activation=activation)
     return out
 
 
-def requantised(x: Panels, matrix: Matrix, activation: Activation, scale: float, zero: int) -> Panels:
+def requantised(
+    x: Panels, matrix: Matrix, activation: Activation, scale: float, zero: int, *, out: Panels | None = None
+) -> Panels:
     """The same as bytes of this scale and zero point, in panels: what the next product reads."""
-    made = torch.empty(len(x.values), matrix.outputs, TILE, dtype=torch.uint8)
+    made = torch.empty(len(x.values), matrix.outputs, TILE, dtype=torch.uint8) if out is None else out.values
     _run(x, matrix, bytes=made, activation=activation, constants=(1.0 / scale, float(zero), 0.0))
     return Panels(made, x.tokens)
 

@@ -382,7 +382,8 @@ def test_every_layer_is_within_one_step_of_its_plain_form(data) -> None:
         for number, plain in enumerate(base.transformer.layer):
             read, kept = block_sparse.to_panels(states[0], *engine.layers[number].reads, keep=True)
             following = (0.04, 128)
-            made = engine.layer(engine.layers[number], read, kept, torch.tensor([0, 70]), following)
+            room = torch.empty(70 * 72), torch.empty(128 * 40, dtype=torch.uint8)
+            made = engine.layer(engine.layers[number], read, kept, torch.tensor([0, 70]), following, *room)
             wanted = plain(states)
             wanted = wanted[0] if isinstance(wanted, tuple) else wanted
             ours = block_sparse.from_panels(kept)

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8, Int32
+from jaxtyping import Bool, Float, Int, Int8, Int32, UInt8
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
@@ -564,22 +564,42 @@ class SparseEncoder:
         """The tokens after the last layer. `cu_seqlens` runs from 0 to t."""
         read, kept = block_sparse.to_panels(hidden, *self.layers[0].reads, keep=True)
         assert kept is not None
+        # What is wide is written into the same memory by every layer.
+        wide = torch.empty(len(hidden) * max(layer.mixing.outputs for layer in self.layers))
+        places = read.values[:, 0].numel()
+        inner = torch.empty(places * max(layer.up.matrix.outputs for layer in self.layers), dtype=torch.uint8)
         for number, layer in enumerate(self.layers):
             following = self.layers[number + 1].reads if number + 1 < self.depth else None
-            read = self.layer(layer, read, kept, cu_seqlens, following)
+            read = self.layer(layer, read, kept, cu_seqlens, following, wide, inner)
         return block_sparse.from_panels(kept)
 
     def layer(
-        self, on: Steps, read: Panels, kept: Panels, cu_seqlens: Int[Tensor, " s"], following: tuple[float, int] | None
+        self,
+        on: Steps,
+        read: Panels,
+        kept: Panels,
+        cu_seqlens: Int[Tensor, " s"],
+        following: tuple[float, int] | None,
+        wide: Float[Tensor, " floats"],
+        inner: UInt8[Tensor, " bytes"],
     ) -> Any:
-        """One layer; `kept` is overwritten, and the bytes that the next one reads are returned."""
-        mixing = block_sparse.floats(read, on.mixing)
-        width = mixing.shape[1] // 3 // on.heads
+        """One layer.
+
+        Args:
+            read, kept: the input, as bytes and as floats; the floats are overwritten by the output.
+            following: scale and zero point of what reads the output, whose bytes are returned.
+            wide, inner: room for queries, keys and values, and for the wide states.
+        """
+        mixing = wide[: read.tokens * on.mixing.outputs].view(read.tokens, on.mixing.outputs)
+        block_sparse.floats(read, on.mixing, out=mixing)
+        width = on.mixing.outputs // 3 // on.heads
         mixed, _ = varlen_attention(mixing, cu_seqlens, heads=on.heads, scaling=width**-0.5)
         read, _ = block_sparse.to_panels(mixed, on.output.scale, on.output.zero)
         read = block_sparse.add_and_normalise(read, on.output.matrix, kept, on.norm1, (on.up.scale, on.up.zero))
-        inner = block_sparse.requantised(read, on.up.matrix, on.activation, on.down.scale, on.down.zero)
-        return block_sparse.add_and_normalise(inner, on.down.matrix, kept, on.norm2, following)
+        shape = (len(read.values), on.up.matrix.outputs, block_sparse.TILE)
+        states = Panels(inner[: math.prod(shape)].view(shape), read.tokens)
+        block_sparse.requantised(read, on.up.matrix, on.activation, on.down.scale, on.down.zero, out=states)
+        return block_sparse.add_and_normalise(states, on.down.matrix, kept, on.norm2, following)
 
 
 def _steps(base: PreTrainedModel, layer: Layer) -> Steps:
