@@ -96,7 +96,7 @@ class Study:
 
 def available() -> tuple[str, ...]:
     """Slugs of the systems with a claim file, in alphabetical order."""
-    files = (path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "base"))
+    files = (path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "base", "support"))
     return tuple(sorted(stem.replace("_", "-") for stem in files))
 
 

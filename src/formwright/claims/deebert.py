@@ -17,17 +17,16 @@ Rule   drop = accuracy of the whole model less that with exits; saved = share of
 """
 
 import copy
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean, median
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from formwright import tasks
 from formwright.claims import Outcome, Scale, Verdict
+from formwright.claims.support import encoder, timed_in_turn, with_first_token
 from formwright.compress.classifier import classifier
 from formwright.compress.depth.deebert import DeeBERT, entropy
 from formwright.compress.modifier import Data
@@ -91,36 +90,6 @@ def run(scale: Scale, seed: int) -> Outcome:
     return Outcome(scale=scale, seed=seed, measured=measured, baseline=baseline)
 
 
-def with_first_token(task: Task) -> Task:
-    """The task with one token more, which opens every text: what a BERT reads its answer from."""
-    first = task.model_config["vocab_size"]
-
-    def collate(given: object) -> dict[str, Tensor]:
-        batch = task.collate(given)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        opened = {
-            "input_ids": torch.cat([torch.full_like(ids[:, :1], first), ids], 1),
-            "attention_mask": torch.cat([torch.ones_like(mask[:, :1]), mask], 1),
-        }
-        return batch | opened
-
-    return replace(task, collate=collate)
-
-
-def encoder(task: Task, layers: int, width: int) -> BertForSequenceClassification:
-    config = BertConfig(
-        vocab_size=task.model_config["vocab_size"] + 1,
-        max_position_embeddings=task.model_config["max_position_embeddings"] + 1,
-        pad_token_id=task.model_config["pad_token_id"],
-        num_labels=task.model_config["num_labels"],
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(2, width // 32),
-        intermediate_size=4 * width,
-    )
-    return BertForSequenceClassification(config)
-
-
 @torch.no_grad()
 def answers(model: BertForSequenceClassification, task: Task, split: str, count: int | None) -> tuple[Tensor, Tensor]:
     """What every ramp and, last, the model's own head say of the texts of a split, (layers, texts, classes); and the
@@ -151,7 +120,6 @@ def accuracy(logits: Tensor, truth: Tensor) -> float:
     return float((logits.argmax(-1) == truth).double().mean())
 
 
-@torch.no_grad()
 def saved(model: BertForSequenceClassification, task: Task, threshold: float, count: int) -> float:
     """The share of time that exits save over texts read one by one, compared with the plain model: its own forward, or
     the same run in which none leaves, whichever is faster."""
@@ -161,19 +129,8 @@ def saved(model: BertForSequenceClassification, task: Task, threshold: float, co
         del text["labels"]
     executor, none = model.executor, copy.deepcopy(model.executor)
     executor.threshold, none.threshold = threshold, 0.0
-    arms = {"exits": executor, "none": none, "own": None}
-    ratios = []
-    for _ in range(4):  # the first warms up
-        spent = dict.fromkeys(arms, 0.0)
-        for text in texts:
-            for name, arm in arms.items():
-                model._modules["executor"] = arm
-                started = time.perf_counter()
-                model(**text)
-                spent[name] += time.perf_counter() - started
-        ratios.append(spent["exits"] / min(spent["none"], spent["own"]))
-    model._modules["executor"] = executor
-    return 1 - median(ratios[1:])
+    rounds = timed_in_turn(model, texts, {"exits": executor, "none": none, "own": None})
+    return 1 - median(spent["exits"] / min(spent["none"], spent["own"]) for spent in rounds)
 
 
 def verdict(outcomes: Sequence[Outcome]) -> Verdict:

@@ -35,7 +35,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from formwright import tasks
 from formwright.claims import Claim, Outcome, Scale, Verdict
-from formwright.claims.deebert import encoder, with_first_token
+from formwright.claims.support import encoder, with_first_token
 from formwright.compress.export import export
 from formwright.compress.export_int8 import write_onnx
 from formwright.compress.modifier import Data
@@ -51,7 +51,7 @@ from formwright.training import Settings, evaluate, fit, seeded
 SEEDS = (0, 1, 2)
 AMOUNT = 0.8
 LAYERS, WIDTH = {"smoke": 2, "full": 4}, {"smoke": 16, "full": 128}
-STEPS, FURTHER = {"smoke": 3, "full": 400}, {"smoke": 10, "full": 300}
+STEPS, FURTHER = {"smoke": 3, "full": 300}, {"smoke": 10, "full": 200}
 RATE, FURTHER_RATE = 1e-3, 1e-3
 SIZES = {"smoke": (32, 64), "full": (768, 3072)}  # width and inner width of what is timed
 ROUNDS = {"smoke": 2, "full": 9}

@@ -22,7 +22,7 @@ from torch import nn
 
 from formwright import tasks
 from formwright.claims import Outcome, Scale, Verdict
-from formwright.claims.deebert import encoder, with_first_token
+from formwright.claims.support import encoder, with_first_token
 from formwright.compress.modifier import Data
 from formwright.compress.pipeline import apply
 from formwright.compress.quantize.i_bert import IBert

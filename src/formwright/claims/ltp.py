@@ -19,7 +19,6 @@ Rule   drop = accuracy of the whole model less that of the pruned one; flops = s
 """
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean, median
@@ -31,7 +30,7 @@ from transformers import BertForSequenceClassification
 
 from formwright import tasks
 from formwright.claims import Outcome, Scale, Verdict
-from formwright.claims.deebert import encoder, with_first_token
+from formwright.claims.support import encoder, timed_in_turn, with_first_token
 from formwright.compress.classifier import classifier
 from formwright.compress.modifier import Data
 from formwright.compress.pipeline import apply
@@ -158,19 +157,8 @@ def faster(model: BertForSequenceClassification, task: Task, count: int) -> floa
     executor = model.executor
     none = copy.deepcopy(executor)
     none.delta.fill_(-1.0)
-    arms = {"pruned": executor, "whole": none, "own": None}
-    ratios = []
-    for _ in range(4):  # the first warms up
-        spent = dict.fromkeys(arms, 0.0)
-        for batch in batches:
-            for name, arm in arms.items():
-                model._modules["executor"] = arm
-                started = time.perf_counter()
-                model(**batch)
-                spent[name] += time.perf_counter() - started
-        ratios.append(min(spent["whole"], spent["own"]) / spent["pruned"])
-    model._modules["executor"] = executor
-    return median(ratios[1:])
+    rounds = timed_in_turn(model, batches, {"pruned": executor, "whole": none, "own": None})
+    return median(min(spent["whole"], spent["own"]) / spent["pruned"] for spent in rounds)
 
 
 def verdict(outcomes: Sequence[Outcome]) -> Verdict:

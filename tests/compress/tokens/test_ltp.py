@@ -1,8 +1,6 @@
 """LTP: exact properties, then the masked model, written out with the modules of transformers."""
 
 import itertools
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -11,62 +9,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from formwright.build import build
-from formwright.compress import Data, load
+from formwright.compress import load
 from formwright.compress.classifier import classifier
 from formwright.compress.pipeline import apply
 from formwright.compress.structure import adopt
 from formwright.compress.tokens.ltp import LTP, compact, hard_mask, received, soft_mask
 from formwright.errors import FormwrightError
-from formwright.tasks.base import Columns, accuracy_and_loss, score_rows
-from formwright.training import Settings, seeded
 
-LAYERS, WIDTH, CLASSES = 4, 16, 3
+from ..classifiers import CLASSES, LAYERS, WIDTH, data, rows, tiny
+
 FAMILIES = ["Bert", "Roberta", "Electra", "DistilBert"]
-
-
-def tiny(family="Bert", **more):
-    seeded(0)
-    sizes = {"vocab_size": 50, "num_labels": CLASSES, "max_position_embeddings": 40, "pad_token_id": 0}
-    if family == "DistilBert":
-        sizes |= {"dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 32}
-    else:
-        sizes |= {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 32}
-    if family == "Electra":
-        sizes["embedding_size"] = 8
-    model = getattr(transformers, f"{family}ForSequenceClassification")(
-        getattr(transformers, f"{family}Config")(**sizes, **more)
-    )
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def rows(count=12, length=14, seed=1):
-    ids = torch.randint(1, 50, (count, length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for i in range(count):
-        mask[i, 4 + i % (length - 3) :] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-@dataclass
-class Rows:
-    """A task of random rows."""
-
-    name: str = "rows"
-    head: str = "sequence-classification"
-    train: Any = field(default_factory=lambda: Columns(**rows(32), labels=torch.arange(32) % CLASSES))
-    validation: Any = None
-    test: Any = None
-    collate: Any = dict
-    score: Any = field(default=score_rows)
-    summary: Any = field(default=accuracy_and_loss)
-
-
-def data():
-    settings = Settings(steps=3, batch_size=8, learning_rate=1e-2)
-    return Data(task=Rows(), kind="text-classification", settings=settings)
 
 
 def pruning(model=None, final=0.0, delta=None, **options):
