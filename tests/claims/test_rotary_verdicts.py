@@ -2,7 +2,7 @@
 
 import pytest
 
-from formwright.claims import Outcome, carope, harope
+from formwright.claims import Outcome, carope, harope, hope
 
 
 def outcome(measured, baseline):
@@ -36,3 +36,24 @@ def test_carope(losses, verdict):
         outcome({"carope at 64": a, "carope at 128": b}, {"rope at 64": c, "rope at 128": d}) for a, b, c, d in losses
     ]
     assert carope.verdict(made_up) == verdict
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        ([(1.7, 0, 2.0, 0.4, 1.8, 2.1), (1.7, 0, 2.0, 0.4, 1.8, 2.1)], "holds"),
+        ([(1.7, 0, 2.0, 0.4, 1.6, 2.1), (1.7, 0, 2.0, 0.4, 1.8, 2.1)], "holds in direction"),  # ALiBi once lower
+        ([(1.7, 0, 2.0, 0.4, 1.8, 2.1), (2.1, 0, 2.0, 0.4, 1.8, 2.3)], "holds in direction"),
+        ([(1.7, 0.1, 2.0, 0.4, 1.8, 2.1)], "does not hold here"),  # it rises
+        ([(2.2, 0, 2.0, 0.4, 1.8, 2.1)], "does not hold here"),
+    ],
+)
+def test_hope(rows, verdict):
+    made_up = [
+        outcome(
+            {"hope at 512": ours, "hope, rises": up},
+            {"rope at 512": rope, "rope, rises": wave, "alibi at 512": alibi, "sinusoidal at 512": sinusoidal},
+        )
+        for ours, up, rope, wave, alibi, sinusoidal in rows
+    ]
+    assert hope.verdict(made_up) == verdict
