@@ -6,12 +6,13 @@ import transformers as hf
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from formwright.compress.anatomy import (
+from formwright.compress import families as described
+from formwright.compress.anatomy import describe
+from formwright.compress.families import (
     AttentionDescription,
     Family,
     FeedForwardDescription,
     StackDescription,
-    describe,
     families,
     register_family,
 )
@@ -180,9 +181,7 @@ def test_the_families():
 
 
 def test_outsiders_describe_their_own(monkeypatch):
-    from formwright.compress import anatomy
-
-    monkeypatch.setattr(anatomy, "_families", dict(anatomy._families))
+    monkeypatch.setattr(described, "_families", dict(described._families))
     register_family("gpt_neox", NEOX)
     model = zoo.build(lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**zoo.TEXT, **zoo.SIZE)))
     ids = {"input_ids": torch.arange(3, 10)[None]}
@@ -197,11 +196,9 @@ def test_outsiders_describe_their_own(monkeypatch):
 
 
 def test_a_description_that_does_not_fit(monkeypatch):
-    from formwright.compress import anatomy
-
-    monkeypatch.setattr(anatomy, "_families", {"bert": NEOX})
+    monkeypatch.setattr(described, "_families", {"bert": NEOX})
     with pytest.raises(FormwrightError, match="no layers where the description of bert"):
         describe(zoo.build("bert"))
-    monkeypatch.setattr(anatomy, "_families", {"llama": NEOX})
+    monkeypatch.setattr(described, "_families", {"llama": NEOX})
     with pytest.raises(FormwrightError, match="the description of this family does not fit"):
         describe(zoo.build("llama"))
