@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
+from formwright.compress.runtime import encoders
+from formwright.compress.runtime.packed import runs_packed, sums
 from formwright.compress.structure import PREFIX
 from formwright.errors import FormwrightError
 
@@ -60,6 +62,18 @@ class Classifier:
         hidden = self.base.embeddings(**inputs)
         project = getattr(self.base, "embeddings_project", None)
         return hidden if project is None else project(hidden)
+
+    def packs(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call can run on real tokens alone: nobody asks for gradients, and the layers are the family's."""
+        asked = torch.is_grad_enabled() or self.model.training or inputs.get("inputs_embeds") is not None
+        return not asked and torch.is_tensor(inputs.get("input_ids")) and runs_packed(self.base)
+
+    def packed(self, **inputs: Tensor) -> tuple[Float[Tensor, "t d"], Int[Tensor, " s"]]:
+        """What the first layer reads of the real tokens, one text after the other, and where texts begin."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        places = real.flatten().nonzero().squeeze(1)
+        return encoders.embed(self.base, self.family, inputs, places), sums(real.sum(1).cpu())
 
     def mask(self, hidden: Float[Tensor, "b n d"], attention_mask: Int[Tensor, "b n"] | None) -> Any:
         """The mask as the model's own attention reads it."""

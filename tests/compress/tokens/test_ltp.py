@@ -12,6 +12,7 @@ from formwright.build import build
 from formwright.compress import load
 from formwright.compress.classifier import classifier
 from formwright.compress.pipeline import apply
+from formwright.compress.runtime.packed import _PackedLayer
 from formwright.compress.structure import adopt
 from formwright.compress.tokens.ltp import LTP, compact, hard_mask, received, soft_mask
 from formwright.errors import FormwrightError
@@ -97,18 +98,39 @@ def test_removed_tokens_cost_nothing():
     seen = []
     for layer in model.bert.encoder.layer:
         layer.intermediate.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    lengths = model(**rows()).lengths
+    lengths = model(**embedded(model, rows())).lengths
     assert seen == lengths[:, 1:].max(0).values.tolist()
     assert seen[-1] < 14
+    feed, tokens = _PackedLayer.feed, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_PackedLayer, "feed", lambda self, x: tokens.append(len(x)) or feed(self, x))
+        lengths = model(**rows()).lengths
+    assert tokens == lengths[:, 1:].sum(0).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_packed_and_padded_runs_answer_alike(variant):
+    model = pruning(delta=DELTA, variant=variant)
+    packed, padded = model(**rows()), model(**embedded(model, rows()))
+    assert torch.equal(packed.lengths, padded.lengths)
+    assert (packed.lengths[:, -1] < packed.lengths[:, 0]).any()
+    torch.testing.assert_close(packed.logits, padded.logits, atol=1e-5, rtol=1e-5)
+
+
+def embedded(model, batch):
+    """The same call with the words' vectors, which is run on the padded batch."""
+    words = model.bert.embeddings.word_embeddings(batch["input_ids"])
+    return {"inputs_embeds": words, "attention_mask": batch["attention_mask"]}
 
 
 @torch.no_grad()
 def test_measure_counts_the_operations_of_the_layers():
-    text = {"input_ids": rows(1)["input_ids"].clamp(min=1)}
+    text = {"input_ids": rows(1)["input_ids"].clamp(min=1), "attention_mask": torch.ones(1, 14, dtype=torch.long)}
 
     def counted(model):
         with FlopCounterMode(display=False) as counter:
-            lengths = model(**text).lengths[0].tolist()
+            lengths = model(**embedded(model, text)).lengths[0].tolist()
         votes = sum(2 * n**2 for n in lengths[:-1])  # the sums over queries, which the paper leaves out
         return counter.get_total_flops() - votes - 2 * WIDTH**2 - 2 * WIDTH * CLASSES  # and the head
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
@@ -29,6 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from formwright.compress.classifier import Classifier, classifier
 from formwright.compress.modifier import Data, Modifier
+from formwright.compress.runtime.packed import Policy, packed_encoder, sums
 from formwright.compress.structure import EXECUTOR, Executor, attach
 from formwright.errors import FormwrightError
 from formwright.training import fit
@@ -114,7 +115,12 @@ class EarlyExit(Executor):
         if inputs is None or (model.training and self.learning is None):
             return forward(*args, **kwargs)
         labels = inputs.pop("labels", None)
-        output = self.learn(whole, inputs, labels) if model.training else self.leave(whole, inputs, labels)
+        if model.training:
+            output = self.learn(whole, inputs, labels)
+        elif whole.packs(inputs):
+            output = self.leave_packed(whole, inputs, labels)
+        else:
+            output = self.leave(whole, inputs, labels)
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
     def leave(self, whole: Classifier, inputs: dict[str, Tensor], labels: Tensor | None) -> EarlyExitOutput:
@@ -146,6 +152,18 @@ class EarlyExit(Executor):
         loss = None if labels is None else whole.loss(logits, labels)
         return EarlyExitOutput(loss=loss, logits=logits, exit_layers=exits)
 
+    def leave_packed(self, whole: Classifier, inputs: dict[str, Tensor], labels: Tensor | None) -> EarlyExitOutput:
+        """The same on real tokens alone."""
+        hidden, borders = whole.packed(**inputs)
+        leaving = _Leaving(self, len(borders) - 1, hidden.device)
+        hidden = packed_encoder(whole.base).run(hidden, borders, leaving)
+        if len(leaving.left):  # the first tokens of those that stayed; the model's own head answers
+            starts = sums(borders.diff()[leaving.left.cpu()])[:-1].to(hidden.device)
+            leaving.answer(leaving.left, whole.head(hidden[starts][:, None]))
+        logits = torch.cat(leaving.said)[torch.argsort(torch.cat(leaving.gone))]
+        loss = None if labels is None else whole.loss(logits, labels)
+        return EarlyExitOutput(loss=loss, logits=logits, exit_layers=leaving.exits)
+
     def learn(self, whole: Classifier, inputs: dict[str, Tensor], labels: Tensor | None) -> EarlyExitOutput:
         """The second stage: the ramps' losses, with the model under them frozen."""
         whole.model.train(self.learning == "train")
@@ -168,6 +186,35 @@ class EarlyExit(Executor):
                 found.append(self.ramps[number](hidden))
         with torch.no_grad():
             return [*found, whole.head(hidden)]
+
+
+class _Leaving(Policy):
+    """Which texts leave a packed run, and what was said to them."""
+
+    def __init__(self, ramps: EarlyExit, texts: int, device: torch.device) -> None:
+        self.ramps, self.threshold = ramps.ramps, ramps.threshold
+        self.left = torch.arange(texts, device=device)
+        self.exits = torch.full_like(self.left, len(self.ramps) + 1)
+        self.gone: list[Tensor] = []
+        self.said: list[Tensor] = []
+
+    def answer(self, texts: Int[Tensor, " some"], answers: Float[Tensor, "some c"]) -> None:
+        self.gone.append(texts)
+        self.said.append(answers)
+
+    def after_layer(
+        self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"]
+    ) -> Bool[Tensor, " texts"] | None:
+        if layer == len(self.ramps) or self.threshold[layer] <= 0 or not len(self.left):
+            return None
+        answers = self.ramps[layer](hidden[cu_seqlens[:-1].to(hidden.device)][:, None])
+        sure = entropy(answers) < self.threshold[layer]
+        if not sure.any():
+            return None
+        self.answer(self.left[sure], answers[sure])
+        self.exits[self.left[sure]] = layer + 1
+        self.left = self.left[~sure]
+        return ~sure
 
 
 class DeeBERT(Modifier):

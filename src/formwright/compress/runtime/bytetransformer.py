@@ -17,7 +17,6 @@ asked for, and for a text with holes in a family whose attention knows distances
 """
 
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +28,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from formwright.compress.modifier import Modifier
 from formwright.compress.runtime import encoders
-from formwright.compress.runtime.packed import PackedEncoder, sums
+from formwright.compress.runtime.packed import PackedEncoder, packed_encoder, sums
 from formwright.compress.structure import PREFIX, Executor, attach
 from formwright.errors import FormwrightError
 
@@ -42,17 +41,13 @@ class PaddingFree(Executor):
 
     kind: ClassVar[str] = "padding-free"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._engine: tuple[Any, PackedEncoder] | None = None
-
     def structure(self) -> dict[str, Any]:
         return {}
 
     @classmethod
     def rebuild(cls, old: object, **structure: Any) -> "PaddingFree":
-        del old
-        return cls(**structure)
+        del old, structure
+        return cls()
 
     def run(self, model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's output; padding places of its hidden states are zero."""
@@ -93,24 +88,18 @@ class PaddingFree(Executor):
 
     def encode(self, base: PreTrainedModel, given: dict[str, Any]) -> ModelOutput:
         """Embed real tokens, run the layers, unpack, pool."""
-        engine, family, ids, mask = self.engine(base), family_of(base), given["input_ids"], given.get("attention_mask")
+        engine, family, ids, mask = (
+            packed_encoder(base),
+            family_of(base),
+            given["input_ids"],
+            given.get("attention_mask"),
+        )
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         places, lengths = word_places(real), real.sum(1).cpu()
         hidden = encoders.embed(base, family, given, places)
         longest = int(lengths.max()) if len(lengths) else 0
         packed = engine.run(hidden, sums(lengths), positions=encoders.positions(base, family, longest, engine.depth))
         return encoders.finish(base, unpack(packed, places, real.shape))
-
-    def engine(self, base: PreTrainedModel) -> PackedEncoder:
-        """Of this very model; a copy of a model makes its own."""
-        if self._engine is None or self._engine[0]() is not base:
-            self._engine = (weakref.ref(base), PackedEncoder(base))
-        return self._engine[1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PaddingFree":
-        made = type(self)()
-        memo[id(self)] = made
-        return made.train(self.training)
 
 
 def family_of(model: PreTrainedModel) -> str:

@@ -13,15 +13,16 @@ Idea     The real tokens of a batch are one (t, d) matrix. What works on single 
 Differs  The paper has CUDA kernels; ours are for CPUs, and plain PyTorch operations serve other devices and dtypes.
 
 A policy may drop tokens or whole texts between layers that normalise after the residual:
-    after_attention(layer, hidden, received)   -> keep, one boolean a token, or None for all. `hidden` has passed the
-                                                  attention, its residual and norm; `received` (t,) is the attention a
-                                                  token got, averaged over heads and the queries of its text.
-    after_layer(layer, hidden, cu_seqlens)     -> keep, one boolean a text, or None for all.
+    after_attention(layer, hidden, cu_seqlens, received)  -> keep, one boolean a token, or None for all. `hidden` has
+        passed the attention, its residual and norm; `received` (t,) is the attention a token got, averaged over heads
+        and the queries of its text, where the policy `weighs`.
+    after_layer(layer, hidden, cu_seqlens)                -> keep, one boolean a text, or None for all.
 What is dropped is gone from the later layers and from what `run` returns: a policy keeps what it still needs.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +46,22 @@ FUSED = {  # activations that a product of oneDNN can end with: its name there, 
 }
 
 
-@runtime_checkable
-class Policy(Protocol):
-    """What may be dropped between the layers."""
+class Policy:
+    """What may be dropped between the layers; by itself nothing is."""
+
+    weighs: ClassVar[bool] = False
 
     def after_attention(
-        self, layer: int, hidden: Float[Tensor, "t d"], received: Float[Tensor, " t"]
-    ) -> Bool[Tensor, " t"] | None: ...
+        self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"], received: Float[Tensor, " t"]
+    ) -> Bool[Tensor, " t"] | None:
+        del layer, hidden, cu_seqlens, received
+        return None
 
     def after_layer(
         self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"]
-    ) -> Bool[Tensor, " texts"] | None: ...
+    ) -> Bool[Tensor, " texts"] | None:
+        del layer, hidden, cu_seqlens
+        return None
 
 
 class Positions(NamedTuple):
@@ -67,7 +73,7 @@ class Positions(NamedTuple):
 
 
 class PackedEncoder:
-    """Runs the layers of `model`, which stay the model's own. For inference: dropout is left out.
+    """Runs the layers of `model`, which stay the model's own, for inference: dropout is left out.
 
     Raises:
         FormwrightError: a family this cannot run, or a layer that was replaced.
@@ -83,7 +89,7 @@ class PackedEncoder:
                 "attentions and feed-forwards are its own."
             )
         self.norm_first = anatomy.layers[0].norm_first
-        self._model = model
+        self._model = weakref.ref(model)
         self._layers = tuple(_in_running_order(anatomy.layers))
         self.depth = len(self._layers)
         self._final = anatomy.final_norm
@@ -104,21 +110,42 @@ class PackedEncoder:
             cu_seqlens: int64 on the CPU, from 0 to t.
             positions: one a layer, where the family has any.
         """
+        if self.norm_first and policy is not None:
+            raise FormwrightError(
+                "Tokens are dropped between layers that normalise after the residual; this model's do so before."
+            )
         if self._watch is None or self._watch.changed():
-            self._watch = _Watch(self._model)
-            made = {path: _PackedLayer(self._model, layer) for path, layer in {x.path: x for x in self._layers}.items()}
-            final = None if self._final is None else _PackedNorm(self._model.get_submodule(self._final))
+            model = self._model()
+            assert model is not None
+            self._watch = _Watch(model)
+            made = {path: _PackedLayer(model, layer) for path, layer in {x.path: x for x in self._layers}.items()}
+            final = None if self._final is None else _PackedNorm(model.get_submodule(self._final))
             self._prepared = [made[layer.path] for layer in self._layers], final
         assert self._prepared is not None
         layers, final = self._prepared
         places = positions or [Positions()] * len(layers)
         if self.norm_first:
-            if policy is not None:
-                raise FormwrightError(
-                    "Tokens are dropped between layers that normalise after the residual; this model's do so before."
-                )
             return _pre_norm(layers, final, hidden, cu_seqlens, places)
         return _post_norm(layers, hidden, cu_seqlens, policy, places)
+
+
+_encoders: weakref.WeakKeyDictionary[PreTrainedModel, PackedEncoder] = weakref.WeakKeyDictionary()
+
+
+def packed_encoder(model: PreTrainedModel) -> PackedEncoder:
+    """The packed layers of this very model, made once."""
+    if model not in _encoders:
+        _encoders[model] = PackedEncoder(model)
+    return _encoders[model]
+
+
+def runs_packed(model: PreTrainedModel) -> bool:
+    """Whether the layers of this model can run on real tokens alone."""
+    try:
+        packed_encoder(model)
+    except FormwrightError:
+        return False
+    return True
 
 
 def _in_running_order(layers: Sequence[Layer]) -> Iterable[Layer]:
@@ -138,16 +165,18 @@ def _post_norm(
     places: Sequence[Positions],
 ) -> Tensor:
     for number, (layer, place) in enumerate(zip(layers, places, strict=True)):
-        mixed, received = layer.attend(hidden, cu_seqlens, place, weigh=policy is not None)
+        weighs = policy is not None and policy.weighs
+        mixed, received = layer.attend(hidden, cu_seqlens, place, weigh=weighs)
         hidden, _ = layer.attention_norm(hidden, mixed)
-        if policy is not None:
-            assert received is not None
-            if (keep := policy.after_attention(number, hidden, received)) is not None:
-                hidden, cu_seqlens = hidden[keep], sums(keep.long())[cu_seqlens]
+        if policy is not None and received is not None:
+            keep = policy.after_attention(number, hidden, cu_seqlens, received)
+            if keep is not None:
+                hidden, cu_seqlens = hidden[keep], sums(keep.long().cpu())[cu_seqlens]
         hidden, _ = layer.feedforward_norm(hidden, layer.feed(hidden))
         if policy is not None and (stay := policy.after_layer(number, hidden, cu_seqlens)) is not None:
-            lengths = cu_seqlens.diff()
-            hidden, cu_seqlens = hidden[stay.repeat_interleave(lengths)], sums(lengths[stay])
+            lengths, stay = cu_seqlens.diff(), stay.cpu()
+            tokens = stay.repeat_interleave(lengths).to(hidden.device)
+            hidden, cu_seqlens = hidden[tokens], sums(lengths[stay])
     return hidden
 
 

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from formwright.compress.classifier import Classifier, classifier
 from formwright.compress.modifier import Data, Modifier
+from formwright.compress.runtime.packed import Policy, packed_encoder, sums
 from formwright.compress.structure import EXECUTOR, Executor, attach
 from formwright.errors import FormwrightError
 from formwright.training import fit
@@ -134,14 +135,18 @@ class TokenPruning(Executor):
         if inputs is None:
             return forward(*args, **kwargs)
         labels, given = inputs.pop("labels", None), inputs.get("attention_mask")
-        hidden = whole.embed(**inputs)
-        live = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if given is None else given.bool()
-        if not live[:, 0].all():
+        if given is not None and not given[:, 0].all():
             raise FormwrightError(
                 "Token pruning keeps the first token of a text and found padding there: pad on the right."
             )
-        soft = model.training and self.penalty is not None
-        logits, lengths, regular = (self.soften if soft else self.prune)(whole, hidden, live)
+        soft, regular = model.training and self.penalty is not None, None
+        if whole.packs(inputs):
+            logits, lengths = self.prune_packed(whole, inputs)
+        else:
+            hidden = whole.embed(**inputs)
+            all_live = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            live = all_live if given is None else given.bool()
+            logits, lengths, regular = (self.soften if soft else self.prune)(whole, hidden, live)
         loss = None if labels is None else whole.loss(logits, labels)
         if soft and loss is not None:
             loss = loss + self.penalty * regular
@@ -174,6 +179,17 @@ class TokenPruning(Executor):
             hidden = whole.feed(layer, hidden)
             lengths.append(live.sum(1))
         return whole.head(hidden), torch.stack(lengths, 1), None
+
+    def prune_packed(
+        self, whole: Classifier, inputs: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "b c"], Int[Tensor, "b layers_and_one"]]:
+        """The same on real tokens alone; no text pays for another's length."""
+        hidden, borders = whole.packed(**inputs)
+        padded = inputs["input_ids"].shape[1] if self.variant == "release" else None
+        leaving = _Leaving(self, borders.diff().to(hidden.device), padded)
+        hidden = packed_encoder(whole.base).run(hidden, borders, leaving)
+        starts = sums(leaving.lengths[-1])[:-1]
+        return whole.head(hidden[starts][:, None]), torch.stack(leaving.lengths, 1)
 
     def keep(
         self,
@@ -214,6 +230,28 @@ class TokenPruning(Executor):
             full += flops(whole, layer, lengths[:, 0], lengths[:, 0])
         means = lengths.mean(0).tolist()
         return Pruned(kept=means[1:], length=means[0], flops=spent / full)
+
+
+class _Leaving(Policy):
+    """Which tokens leave a packed run, and how many are left of each text."""
+
+    weighs = True
+
+    def __init__(self, pruning: TokenPruning, lengths: Int[Tensor, " b"], padded: int | None) -> None:
+        self.pruning, self.padded, self.lengths = pruning, padded, [lengths]
+
+    def after_attention(
+        self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"], received: Float[Tensor, " t"]
+    ) -> Bool[Tensor, " t"]:
+        lengths = cu_seqlens.diff().to(hidden.device)
+        live = torch.arange(int(lengths.max()), device=hidden.device) < lengths[:, None]
+        scores = torch.zeros(live.shape, device=hidden.device)
+        scores[live] = received.float()
+        if self.padded is not None:
+            scores = scores * lengths[:, None] / self.padded
+        keep = self.pruning.keep(layer, scores, live, self.lengths[0])
+        self.lengths.append(keep.sum(1))
+        return keep[live]
 
 
 def compact(
