@@ -56,7 +56,7 @@ def test_quicker(ratios, verdict):
 
 
 def test_reach_stops_at_the_first_doubling_that_gains_too_little():
-    assert claim.reach([5.0, 4.9, 4.8, 4.79, 4.0]) == 64
+    assert claim.reach([5.0, 4.98, 4.96, 4.95, 4.0]) == 64
     assert claim.reach([5.0, 5.1, 4.0, 3.0, 2.0]) == 16
     assert claim.reach([5.0, 4.0, 3.0, 2.0, 1.0]) == 256
 

@@ -7,15 +7,16 @@ Paper    WikiText-103 perplexity 24.0 with 151 M parameters; relative effective 
 Here     A character model of Python's own manual, two layers of width 64, segments of 64 bytes, 1,500 steps of 1,024
          bytes. Arms: Transformer-XL with a memory of 64; the same without memory; learned absolute positions in
          windows of 64 bytes; the same in windows of 128, which see as far as a segment and its memory.
-Fair     All arms have the same width, depth and block (pre-norm: after the paper's post-norm the absolute arms did not
-         learn at these rates) and the same number of parameters (what W_r takes, the others' feed-forward layers get),
-         see the same number of bytes, and take the best of four learning rates on validation text. The arms without memory are tested in windows that overlap by half, of which the second half is told, so
-         that no byte pays for a window's beginning. Transformer-XL's memory in the test, 64, 128 or 256, is chosen on
-         validation text.
-         Context: the loss of test bytes with c to c + 15 bytes before them; those of fixed context read what fits. Hard
-         bytes are the tenth where the best arm at 16 bytes loses most, as in the paper's appendix. The effective
-         context is the last c up to which every doubling, from 16 on, lowers the arm's mean loss there by 1 %; the
-         paper goes in steps of 100 words and takes, byte by byte, the better of two losses, which rewards noise.
+Fair     All arms have the same width, depth and block (pre-norm: with the paper's post-norm the absolute arms hardly
+         learn in this time) and the same number of parameters (what W_r takes, the others' feed-forward layers get),
+         see the same number of bytes, and take the best of five learning rates on validation text. The arms without
+         memory are tested in windows that overlap by half, of which the second half is told, so that no byte pays for
+         a window's beginning. Transformer-XL's memory in the test, 64, 128 or 256, is chosen on validation text.
+         Context: the mean loss of 12,800 test bytes with c to c + 15 bytes before them; the arms of fixed context read
+         what fits. The effective context is the last c up to which every doubling, from 16 on, lowers it by 0.25 %,
+         about two standard errors of such a difference (set after a shorter trial of one seed). The paper, whose steps
+         are 100 words and 1 %, looks at the tenth of the words that are hardest; bytes chosen by their loss fall back
+         to the mean in every arm.
          Speed: models as made, one stream; all see the same number of bytes before the one they tell.
 Rule     loss = nats a byte of the test text.
          holds                in every seed Transformer-XL's loss is below every other arm's
@@ -27,7 +28,6 @@ Rule 3   speed-up = time a byte of the window read again / time a byte of segmen
          holds in direction   in every seed above 1 at every context
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -53,8 +53,8 @@ SEEDS = (0, 1, 2)
 SEGMENT, BYTES = 64, 1024  # of a step
 WINDOW = {OURS: SEGMENT, NO_MEMORY: SEGMENT, ABSOLUTE: SEGMENT, LONG: 2 * SEGMENT}
 MEMORIES = (64, 128, 256)
-RATES = {"smoke": (4e-3,), "full": (2e-3, 4e-3, 8e-3, 16e-3)}
-SWEPT = {"smoke": 2, "full": 250}
+RATES = {"smoke": (4e-3,), "full": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)}
+SWEPT = {"smoke": 2, "full": 200}
 STEPS = {"smoke": 2, "full": 1500}
 TEXT = {
     "smoke": "char-lm(length={}, test=0.01, validation=0.01)",
@@ -62,7 +62,7 @@ TEXT = {
 }
 CONTEXTS = (16, 32, 64, 128, 256)
 TOLD, ANCHORS = 16, {"smoke": 8, "full": 800}  # bytes told after each anchor
-HARD, GAIN = 0.1, 0.01
+GAIN = 0.0025
 SPEED_AT = (128, 256, 512)
 FAST = 10.0
 
@@ -174,13 +174,11 @@ def choose_memory(model: TransformerXLForCausalLM, task: Task) -> None:
 def effective(models: dict[str, nn.Module], symbols: Int[Tensor, " n"], anchors: int) -> dict[str, int]:
     """Each arm's effective context, in bytes."""
     starts = torch.linspace(max(CONTEXTS), len(symbols) - TOLD - 1, anchors).long()
-    losses: dict[str, list[Tensor]] = {}
+    losses = {}
     for arm, model in models.items():
         longest = max(CONTEXTS) if arm == OURS else WINDOW[arm] - TOLD
-        losses[arm] = [told(model, symbols, starts, min(context, longest)) for context in CONTEXTS]
-    best = torch.stack([at[0] for at in losses.values()]).amin(0)
-    hard = best.topk(math.ceil(HARD * len(best))).indices
-    return {arm: reach([float(loss[hard].mean()) for loss in at]) for arm, at in losses.items()}
+        losses[arm] = [float(told(model, symbols, starts, min(context, longest)).mean()) for context in CONTEXTS]
+    return {arm: reach(at) for arm, at in losses.items()}
 
 
 def told(
@@ -264,7 +262,7 @@ CLAIMS = [
     Claim(
         statement="It makes use of a longer context than Transformers of fixed context.",
         paper={"transformer-xl": 900, "vanilla": "128 to 160", "unit": "words, relative effective context, r = 0.1"},
-        rule="context = the last up to which each doubling from 16 lowers the loss of the hard tenth by 1 %; holds: in "
+        rule="context = the last up to which each doubling from 16 lowers the loss by 0.25 %; holds: in "
         "every seed at least twice that of both absolute arms; holds in direction: its mean is above both.",
         verdict=further,
         shows=tuple(f"{arm}, context" for arm in ARMS),
