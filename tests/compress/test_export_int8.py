@@ -13,6 +13,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
+from formwright.bench import compress as compressing
 from formwright.compress import export_int8 as exporting
 from formwright.compress.export import OnnxRunner, OpenVinoRunner
 from formwright.compress.export_int8 import export_int8, feeds
@@ -142,3 +143,21 @@ def test_bad_input_is_said(tmp_path) -> None:
     data.kind = "causal-lm"
     with pytest.raises(FormwrightError, match="accuracy"):
         export_int8(made, tmp_path, data)
+
+
+def test_the_command_writes_int8_files_and_says_what_they_score(tmp_path, monkeypatch) -> None:
+    made = model()
+    result = object.__new__(compressing.Compressed)  # of which only these two are read
+    vars(result).update(model=made, sentences=())
+
+    def written(given, folder, data, format, *, max_drop):
+        assert (given, data.kind, max_drop) == (made, "text-classification", 0.02)
+        if format == "openvino":
+            raise FormwrightError("It lost too much.")
+        return exporting.Exported(path=Path(folder) / "model.onnx", score=(0.9, 0.91), bytes=(1, 4))
+
+    monkeypatch.setattr(compressing, "export_int8", written)
+    found = compressing.exported(result, list(exporting.INT8), tmp_path, labelled(made), 0.02)
+    assert found["exports"] == {"onnx-int8": tmp_path / "onnx-int8" / "model.onnx", "openvino-int8": None}
+    assert "scores 0.9000 on validation rows and the model 0.9100" in found["sentences"][0]
+    assert found["sentences"][1] == "For OpenVINO in int8 nothing was written. It lost too much."

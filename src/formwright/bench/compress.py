@@ -29,6 +29,7 @@ from formwright.bench.measure import disk, forward_call, latency, parameters
 from formwright.bench.records import Record, Records, check_same_run, environment, key, read_run, write_run
 from formwright.build import Spec, build
 from formwright.compress import export as exporting
+from formwright.compress.export_int8 import INT8, export_int8, ready_int8
 from formwright.compress.fidelity import fidelity
 from formwright.compress.finetune import ensure_head
 from formwright.compress.modifier import Data, Kind
@@ -173,7 +174,7 @@ def compress(
         target: latency=0.5, size=0.25 or params=0.5, as shares of the original's.
         budget: 30m, 90s, 2h or a number of trials.
         text, label: the columns of a table, where their names do not tell.
-        export: formats to write the chosen model in besides: onnx, openvino.
+        export: formats to write the chosen model in besides: onnx, openvino; of classifiers onnx-int8, openvino-int8.
         seed: of splits, training and search.
         told: called with a sentence about what is going on.
 
@@ -189,7 +190,10 @@ def compress(
     if not 0 <= max_drop < 1:
         raise FormwrightError(f"max_drop is {max_drop:g}: choose a share from 0 to below 1, such as 0.01.")
     for format in export:
-        exporting.ready(format)
+        if format in INT8:
+            ready_int8(INT8[format], task)
+        else:
+            exporting.ready(format)
     given = None if recipe is None else Recipe.read(recipe)
     if given is not None:
         given.modifiers()  # a wrong option is told before hours of work
@@ -225,7 +229,7 @@ def compress(
         result = finish(bench, records, chosen, target, max_drop, out)
     if export:
         say(f"Exporting to {' and '.join(export)}")
-    result = replace(result, **exported(result, export, out))
+    result = replace(result, **exported(result, export, out, bench.data, max_drop))
     write_run(out, {**(read_run(out) or {}), "result": {"sentences": result.sentences, "test": result.test}})
     return replace(result, report=report(out))
 
@@ -617,17 +621,24 @@ def finish(
     )
 
 
-def exported(result: Compressed, formats: Sequence[str], out: Path) -> dict[str, Any]:
+def exported(result: Compressed, formats: Sequence[str], out: Path, data: Data, max_drop: float) -> dict[str, Any]:
     """The chosen model in other formats, those of an earlier choice removed: their files and what is to be said."""
     files: dict[str, Path | None] = {}
     said = list(result.sentences)
-    for format, title in exporting.TITLES.items():
+    for format in (*exporting.TITLES, *INT8):
         shutil.rmtree(out / format, ignore_errors=True)
         if format not in formats:
             continue
+        title = exporting.TITLES[INT8.get(format, format)] + (" in int8" if format in INT8 else "")
         try:
-            files[format] = exporting.export(result.model, out / format, format)  # type: ignore[arg-type]
-            said.append(f"For {title}: {files[format]}, its outputs compared with the model's.")
+            if format in INT8:
+                made = export_int8(result.model, out / format, data, INT8[format], max_drop=max_drop)
+                files[format], (score, before) = made.path, made.score
+                checked = f"which scores {score:.4f} on validation rows and the model {before:.4f}"
+            else:
+                files[format] = exporting.export(result.model, out / format, format)  # type: ignore[arg-type]
+                checked = "its outputs compared with the model's"
+            said.append(f"For {title}: {files[format]}, {checked}.")
         except FormwrightError as wrong:
             shutil.rmtree(out / format, ignore_errors=True)
             files[format] = None

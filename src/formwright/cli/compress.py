@@ -41,7 +41,10 @@ def compress(
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe to run in place of a search.")] = None,
     export: Annotated[
         list[str] | None,
-        typer.Option(help="onnx,openvino: write the chosen model for these runtimes too. May be repeated."),
+        typer.Option(
+            help="onnx,openvino; of classifiers onnx-int8,openvino-int8 too: write the chosen model for these runtimes "
+            "as well. May be repeated."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of splits, training and search.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of sentences.")] = False,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from formwright.compress.export import FILES, TITLES, TYPES, Format, OnnxRunner, OpenVinoRunner, export, ready
-from formwright.compress.modifier import Data
+from formwright.compress.modifier import Data, Kind
 from formwright.errors import FormwrightError, require
 from formwright.training import evaluate
 
 Feed = dict[str, np.ndarray]
 KINDS = ("text-classification", "image-classification")
+INT8: dict[str, Format] = {f"{format}-int8": format for format in get_args(Format)}  # what `--export` calls them
 BATCH = 16
 
 
@@ -80,12 +81,9 @@ def export_int8(
     Raises:
         FormwrightError: the model cannot be exported, a package is missing, or the file loses more than allowed.
     """
-    if data.kind not in KINDS:
-        raise FormwrightError(f"An int8 file is checked by its accuracy, and {data.kind} has none: use export.")
+    ready_int8(format, data.kind)
     if samples < 1 or max_drop < 0:
         raise FormwrightError(f"samples must be at least 1 and max_drop at least 0, got {samples} and {max_drop:g}.")
-    ready(format)
-    require({"onnx": "onnxruntime.quantization", "openvino": "nncf"}[format], extra=format)
     folder = Path(folder)
     path = folder / FILES[format]
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +107,15 @@ def export_int8(
                 part.unlink(missing_ok=True)
             raise
     return Exported(path=path, score=(scores[0], scores[1]), bytes=(_size(path), before))
+
+
+def ready_int8(format: Format, kind: Kind) -> None:
+    """Raise what stands in the way of any int8 file of this format and kind."""
+    if kind not in KINDS:
+        raise FormwrightError(f"An int8 file is checked by its accuracy, and {kind} has none: export it in float32.")
+    ready(format)
+    if format == "openvino":
+        require("nncf", extra="openvino")
 
 
 def feeds(model: PreTrainedModel, data: Data, samples: int) -> Iterator[Feed]:
