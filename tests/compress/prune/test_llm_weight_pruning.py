@@ -13,9 +13,11 @@ from formwright.build import build
 from formwright.compress import pipeline
 from formwright.compress.anatomy import describe
 from formwright.compress.modifier import Data
-from formwright.compress.prune import llm_weight_pruning as pruning
-from formwright.compress.prune.llm_weight_pruning import (
-    Prune,
+from formwright.compress.prune import llm_weight_pruning
+from formwright.compress.prune.llm_weight_pruning import Prune
+from formwright.compress.prune.masked import moving
+from formwright.compress.prune.matrices import Matrix, matrices, report, sizes
+from formwright.compress.prune.scores import (
     cubic,
     gradient_scores,
     input_products,
@@ -23,9 +25,6 @@ from formwright.compress.prune.llm_weight_pruning import (
     keep_in_rows,
     keep_pattern,
     keep_together,
-    matrices,
-    report,
-    sizes,
     sparsegpt,
 )
 from formwright.compress.structure import load
@@ -226,7 +225,7 @@ def test_layers_read_the_pruned_ones_before_them(family: str, score: str, data: 
         seen.append(share(model))
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(pruning, "input_products", watched)
+    monkeypatch.setattr(llm_weight_pruning, "input_products", watched)
     pipeline.apply(model, build("modifier", f"prune(score={score}, amount=0.5)"), data)
     layers = 1 if family == "albert" else 3
     assert seen == pytest.approx([0.5 * i / layers for i in range(layers)], abs=1e-6)
@@ -237,7 +236,7 @@ def test_wanda_of_equal_inputs_is_magnitude_in_rows(data: Data, monkeypatch) -> 
     ones = lambda model, layer, found, rows, *, full: {  # noqa: E731, ARG005
         path: torch.full((one.values.shape[1],), 4.0) for path, one in found.items()
     }
-    monkeypatch.setattr(pruning, "input_products", ones)
+    monkeypatch.setattr(llm_weight_pruning, "input_products", ones)
     model, other = zoo.build("llama"), zoo.build("llama")
     pipeline.apply(model, build("modifier", "prune(score=wanda)"), data)
     pipeline.apply(other, build("modifier", "prune(scope=row)"), data)
@@ -417,12 +416,12 @@ def test_movement_keeps_what_moves_away_from_zero(data: Data) -> None:
 
 def test_the_movement_score_is_the_straight_through_gradient() -> None:
     layer = nn.Linear(3, 2, bias=False)
-    one = pruning.Matrix("a", layer)
+    one = Matrix("a", layer)
     masks = {"a": torch.tensor([[True, False, True], [False, True, True]])}
     scores = {"a": torch.zeros(2, 3)}
     inputs = torch.randn(5, 3)
     weight = layer.weight.detach().clone()
-    with pruning.moving({"a": one}, masks, scores, lambda: None):
+    with moving({"a": one}, masks, scores, lambda: None):
         loss = (layer(inputs) ** 2).sum()
         loss.backward()
         gradient = layer.parametrizations.weight.original.grad
