@@ -16,7 +16,7 @@ Idea     A pivot parts a tree into two halves L and R; dist(i, j) = l_i + r_j fo
                     its width), so K points of panels of that size hold it to rounding, and f is read at these alone
          direct     any other f: the matrices of different distances as they are
 
-         Leaves of up to 32 nodes are multiplied out. Every pair of nodes is met once, f(0) X_i is added at the end.
+         Leaves of up to 24 nodes are multiplied out. Every pair of nodes is met once, f(0) X_i is added at the end.
 Differs  The paper multiplies by Cauchy-like and Vandermonde-like matrices with solvers of low displacement rank; panels
          take their place: O(n log n) with a constant, and stable. The release adds f(0) X_p at a pivot p once for each
          of its halves; here, as in its own brute force, once.
@@ -29,7 +29,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -325,23 +325,33 @@ def _sums(rows: Tensor, which: Tensor, bounds: Tensor, weights: Tensor | None = 
 
 def _within_leaves(tree: IntegratorTree, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """Pairs that meet in a leaf, and f(0) x."""
-    within, apart, *gather = _once(tree, "leaves", x, lambda: _leaf_plan(tree))
-    values = f(within.flatten()).view_as(within) * apart
+    within, *gather = _once(tree, "leaves", x, lambda: (tree.within, *_leaf_plan(tree)))
+    values = f(within.flatten()).view_as(within).masked_fill(_same(within), 0)
     return _multiply_leaves(values, x, *gather) + f(within.new_zeros(1)) * x
 
 
+def _same(within: Float[Tensor, "l t t"] | Int[Tensor, "l t t"]) -> Bool[Tensor, "t t"]:
+    """A node and itself do not meet."""
+    return torch.eye(within.shape[1], dtype=torch.bool, device=within.device)
+
+
 def _leaf_plan(tree: IntegratorTree) -> tuple[Tensor, ...]:
-    """Distances (l, t, t), 1 where two different nodes meet, nodes (l t), and each node's places in the leaves."""
-    there = tree.leaf >= 0
-    apart = there[:, :, None] & there[:, None, :] & ~torch.eye(tree.leaf.shape[1], dtype=torch.bool)
-    places = there.flatten().nonzero()[:, 0]
-    order, bounds = _bags(tree.leaf.flatten()[places], tree.nodes)
-    return tree.within, apart.double(), tree.leaf.flatten().clamp(min=0), places[order], bounds
+    """Nodes (l t), where there is none (l, t, 1), and each node's places in the leaves."""
+    leaf = tree.leaf.flatten()
+    absent = leaf < 0
+    places, bounds = _bags(leaf.masked_fill(absent, tree.nodes), tree.nodes + 1)
+    bounds = bounds[:-1]
+    return leaf.clamp(min=0), absent.view(*tree.leaf.shape, 1), places[: int(bounds[-1])], bounds
 
 
-def _multiply_leaves(values: Tensor, x: Tensor, nodes: Tensor, places: Tensor, bounds: Tensor) -> Tensor:
-    field = x[nodes].view(*values.shape[:2], -1)
-    return _sums((values @ field).flatten(0, 1), places, bounds)
+def _leaf_field(x: Tensor, nodes: Tensor, absent: Tensor) -> Float[Tensor, "l t c"]:
+    return x.index_select(0, nodes).view(*absent.shape[:2], -1).masked_fill(absent, 0)
+
+
+def _multiply_leaves(
+    values: Tensor, x: Tensor, nodes: Tensor, absent: Tensor, places: Tensor, bounds: Tensor
+) -> Tensor:
+    return _sums((values @ _leaf_field(x, nodes, absent)).flatten(0, 1), places, bounds)
 
 
 # Separable f: two weighted sums, over the halves and over the nodes
@@ -460,16 +470,16 @@ def _lattice_plan(tree: IntegratorTree, like: Tensor) -> tuple[list[Bucket], tup
     if key not in tree.kept:
         assert tree.step is not None
         steps = (tree.distance / tree.step).round().long()
-        _, apart, *gather = _leaf_plan(tree)
         nowhere = round(tree.diameter / tree.step) + 1
-        between = torch.where(apart > 0, (tree.within / tree.step).round().long(), nowhere)
-        leaves = tuple(part.to(like.device) for part in (between, *gather))
+        between = (tree.within / tree.step).round().long()
+        between = between.masked_fill(_same(between), nowhere)
+        leaves = tuple(part.to(like.device) for part in (between, *_leaf_plan(tree)))
         tree.kept[key] = (_buckets(tree, steps, None, like), leaves)
     return tree.kept[key]
 
 
 def _padded(values: Tensor, buckets: list[Bucket]) -> Tensor:
-    """0 behind the longest distance: for pairs that do not meet, and sums of two slots that no two nodes have."""
+    """0 behind the longest distance: for a node and itself in a leaf, and sums of two slots that no two nodes have."""
     return F.pad(values, (0, max([2 * bucket.slots for bucket in buckets], default=0) + 1))
 
 
@@ -493,13 +503,12 @@ def _hankel(values: Tensor, x: Float[Tensor, "p 2 s c"]) -> Float[Tensor, "p 2 s
 
 def _lattice_backward(tree: IntegratorTree, x: Tensor, grad: Tensor, values: Tensor) -> Tensor:
     """The sum of grad_i . x_j over all pairs at each distance."""
-    buckets, (between, nodes, *_) = _lattice_plan(tree, x)
+    buckets, (between, nodes, absent, *_) = _lattice_plan(tree, x)
     found = torch.zeros_like(_padded(values.to(x.dtype), buckets))
     found[0] = (grad * x).sum()
-    shape = (*between.shape[:2], -1)
-    met = grad[nodes].view(shape) @ x[nodes].view(shape).mT
+    met = _leaf_field(grad, nodes, absent) @ _leaf_field(x, nodes, absent).mT
     found.index_add_(0, between.flatten(), met.flatten())
-    found[len(values)] = 0  # pairs that do not meet
+    found[len(values)] = 0  # a node and itself
     for bucket in buckets:
         theirs, ours = bucket.fill(x).flip(1), bucket.fill(grad)
         slots = bucket.slots
