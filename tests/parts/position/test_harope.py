@@ -53,13 +53,20 @@ def test_the_factors_are_orthogonal_and_the_inverse_is_exact():
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_scores_know_the_offset_along_every_axis_alone(wiring):
-    harope, wide = part(head_dim=12, wiring=wiring), (4, 7)
+@pytest.mark.parametrize("grid", [(2, 14), (4, 7), (2, 2, 7)])
+def test_scores_know_the_offset_along_every_axis_alone(wiring, grid):
+    harope = part(head_dim=12, wiring=wiring)
     q, k = (draw(12) * sign for sign in (1.0, -0.5))
     q, k = (x.roll(i).expand(1, 3, 28, 12) for i, x in enumerate((q, k)))
-    found = scores(harope, q, k, Context(queries=28, keys=28, grid=wide))[0].view(3, 4, 7, 4, 7)
-    torch.testing.assert_close(found[:, :-1, :-2, :-1, :-2], found[:, 1:, 2:, 1:, 2:])
-    assert not torch.allclose(found[:, 0, 0, 0, 1], found[:, 0, 0, 1, 0])
+    found = scores(harope, q, k, Context(queries=28, keys=28, grid=grid))[0].view(3, *grid, *grid)
+    last = len(grid)
+    for axis in range(1, last + 1):
+        here, there = (found.narrow(axis, start, grid[axis - 1] - 1) for start in (0, 1))
+        torch.testing.assert_close(
+            here.narrow(axis + last, 0, grid[axis - 1] - 1), there.narrow(axis + last, 1, grid[axis - 1] - 1)
+        )
+    first = found.flatten(1, last)[:, 0].view(3, *grid)
+    assert not torch.allclose(first.select(1, 1), first.select(1, 0))
 
 
 @pytest.mark.parametrize("grid", [None, GRID])

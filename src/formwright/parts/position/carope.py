@@ -46,6 +46,7 @@ class CARoPE(nn.Module):
 
     scope = "layer"
     reads_tokens = True
+    c: nn.Parameter | None
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class HoPE(nn.Module):
 
     scope = "layer"
     no_weight_decay = ("rho",)
+    rho: nn.Parameter | None
 
     def __init__(
         self,
@@ -188,8 +189,8 @@ def _halved(
     (q1, q2), (k1, k2) = (x.unflatten(3, (2, -1)).unbind(3) for x in (q, k))
     at1, at2 = at.unflatten(2, (2, -1)).unbind(2)
     border = at2[..., :1]
-    halves = (torch.stack(pair, 3).flatten(2, 3) for pair in ((q1, q2), (k1, k2)))
-    within = _halved(*halves, torch.stack((at1, at2), 2).flatten(1, 2), behind, ahead, leaves // 2)
+    q, k = (torch.stack(pair, 3).flatten(2, 3) for pair in ((q1, q2), (k1, k2)))
+    within = _halved(q, k, torch.stack((at1, at2), 2).flatten(1, 2), behind, ahead, leaves // 2)
     first, second = within.unflatten(2, (-1, 2)).unbind(3)
     back = between(q2, k1, at2, at1, border, behind)
     forth = torch.zeros_like(back) if ahead is None else between(q1, k2, at1, at2, border, ahead)
