@@ -21,18 +21,29 @@ Differs  An accumulator is brought to one scale before a function, where the pap
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
-from formwright.compress.anatomy import Anatomy, describe
 from formwright.compress.finetune import Budget, trainable
 from formwright.compress.modifier import Data, Modifier
+from formwright.compress.quantize.integer_program import (
+    FUNCTION,
+    SCORES,
+    WIDE,
+    Plan,
+    encode,
+    inputs_of,
+    merge_heads,
+    names_of,
+    plan_of,
+    split_heads,
+)
 from formwright.compress.structure import Executor, Rebuilt, attach, replace
 from formwright.errors import FormwrightError
 from formwright.ops.integer import (
@@ -49,163 +60,7 @@ from formwright.ops.integer import (
 )
 from formwright.training import fit
 
-# Of a classifier: the paths of its two layers ("~" is the base model) and what is between them.
-HEADS = {
-    "bert": ("~.pooler.dense", "tanh", "classifier"),
-    "roberta": ("classifier.dense", "tanh", "classifier.out_proj"),
-    "electra": ("classifier.dense", "gelu", "classifier.out_proj"),
-    "distilbert": ("pre_classifier", "relu", "classifier"),
-}
 MOMENTUM = 0.95
-SUM, TABLES = 22, 16  # bits of residual sums and of the sum of embeddings
-FUNCTION = 2.0**-12  # the scale of what a function is applied to
-SCORES, WIDE = 24, 20  # its bits: +-2048 for scores, +-128 for GELU and tanh
-
-
-@runtime_checkable
-class Arithmetic(Protocol):
-    """What the program is written against; x is whole numbers of some kind, `name` finds the constants."""
-
-    def embed(self, name: str, ids: Tensor) -> Any: ...
-    def add(self, name: str, parts: list[Any], bits: int) -> Any: ...
-    def norm(self, name: str, x: Any) -> Any: ...
-    def linear(self, name: str, x: Any) -> Any: ...
-    def rescale(self, name: str, x: Any) -> Any: ...
-    def attend(self, name: str, query: Any, key: Any, value: Any, heads: int, mask: Tensor | None) -> Any: ...
-    def function(self, name: str, function: str, x: Any) -> Any: ...
-    def first(self, x: Any) -> Any: ...
-
-
-class Plan(NamedTuple):
-    """What the program needs to know of a model."""
-
-    heads: list[int]  # of each layer
-    activation: str
-    typed: bool  # whether there are token types
-    projected: bool  # whether the embeddings are narrower than the layers
-    head: str  # the function in the head or the pooler, "" if there is neither
-    classifier: bool
-    padding: int  # positions are counted from the token after it; -1: from 0
-
-
-class Inputs(NamedTuple):
-    ids: Int[Tensor, "b n"]
-    positions: Int[Tensor, "b n"]
-    types: Int[Tensor, "b n"]
-    mask: Bool[Tensor, "b n"] | None
-
-
-def encode(on: Arithmetic, plan: Plan, inputs: Inputs) -> tuple[Any, Any]:
-    """The states of the last layer, and the answer: logits, pooled first states, or None."""
-    parts = [on.embed("word", inputs.ids), on.embed("position", inputs.positions)]
-    if plan.typed:
-        parts.append(on.embed("type", inputs.types))
-    x = on.norm("embedded", on.add("embeddings", parts, TABLES))
-    if plan.projected:
-        x = on.rescale("projected", on.linear("project", x))
-    for i, heads in enumerate(plan.heads):
-        q, k, v = (on.rescale(f"{i}.{name}_out", on.linear(f"{i}.{name}", x)) for name in ("query", "key", "value"))
-        mixed = on.attend(f"{i}.attend", q, k, v, heads, inputs.mask)
-        x = on.norm(f"{i}.norm1", on.add(f"{i}.sum1", [on.linear(f"{i}.output", mixed), x], SUM))
-        inner = on.function(f"{i}.act", plan.activation, on.linear(f"{i}.up", x))
-        x = on.norm(f"{i}.norm2", on.add(f"{i}.sum2", [on.linear(f"{i}.down", inner), x], SUM))
-    if not plan.head:
-        return x, None
-    pooled = on.function("pooled", plan.head, on.linear("pooler", on.first(x)))
-    return x, on.linear("classifier", pooled) if plan.classifier else pooled
-
-
-def _names(model: PreTrainedModel, anatomy: Anatomy, plan: Plan) -> dict[str, str]:
-    """Where the weights of each name lie."""
-    base = f"{anatomy.base}." if anatomy.base else ""
-    found = {
-        "word": anatomy.embeddings.token,
-        "position": anatomy.embeddings.position,
-        "type": anatomy.embeddings.type,
-        "embedded": f"{base}embeddings.LayerNorm",
-        "project": f"{base}embeddings_project",
-    }
-    for i, layer in enumerate(anatomy.layers):
-        attention, feed = layer.attention, layer.feedforward
-        assert attention is not None
-        assert feed is not None
-        found |= {f"{i}.{name}": getattr(attention, name) for name in ("query", "key", "value", "output")}
-        found |= {f"{i}.norm1": attention.norm, f"{i}.norm2": feed.norm, f"{i}.up": feed.up, f"{i}.down": feed.down}
-    first, _, second = HEADS[anatomy.family] if plan.classifier else (f"{base}pooler.dense", "", "")
-    found |= {"pooler": first.replace("~.", base), "classifier": second}
-    held = {path for path, _ in model.named_modules()}
-    return {name: path for name, path in found.items() if path in held and path}
-
-
-def _plan(model: PreTrainedModel) -> tuple[Plan, Anatomy]:
-    """What a model is, to this program.
-
-    Raises:
-        FormwrightError: it is none of those that can be computed in integers.
-    """
-    anatomy = describe(model)
-    family, base = anatomy.family, model.base_model
-    if family not in HEADS or getattr(model.config, "is_decoder", False):
-        raise FormwrightError(f"i-bert runs the encoders of {', '.join(HEADS)}, and this is {family!r}: leave it out.")
-    bare = base is model
-    if not bare and "ForSequenceClassification" not in type(model).__name__:
-        raise FormwrightError(
-            f"i-bert runs bare encoders and sequence classifiers, and this is {type(model).__name__}: leave it out."
-        )
-    layers = anatomy.layers
-    if any(layer.attention is None or layer.feedforward is None for layer in layers):
-        raise FormwrightError("i-bert needs every layer's own attention and feed-forward: put it before other changes.")
-    activation = layers[0].feedforward.activation  # type: ignore[union-attr]
-    pooled = getattr(base, "pooler", None) is not None
-    plan = Plan(
-        heads=[layer.attention.heads for layer in layers],  # type: ignore[union-attr]
-        activation=activation,
-        typed=anatomy.embeddings.type is not None,
-        projected=hasattr(base, "embeddings_project"),
-        head=HEADS[family][1] if not bare else "tanh" if pooled else "",
-        classifier=not bare,
-        padding=model.config.pad_token_id if family == "roberta" else -1,
-    )
-    if activation not in ("gelu", "relu"):
-        raise FormwrightError(f"i-bert computes gelu and relu in integers, and this model has {activation!r}.")
-    for path in _names(model, anatomy, plan).values():
-        module: Any = model.get_submodule(path)
-        if type(module) not in (nn.Linear, nn.Embedding, nn.LayerNorm) or not module.weight.is_floating_point():
-            raise FormwrightError(f"{path} is a {type(module).__name__} already: put i-bert before what changed it.")
-    return plan, anatomy
-
-
-def _inputs(plan: Plan, given: Mapping[str, Any], longest: int) -> Inputs:
-    """Ids, positions, types and mask of a call."""
-    ids = given.get("input_ids")
-    if not isinstance(ids, Tensor):
-        raise FormwrightError("An integer-only model reads token ids: give it input_ids.")
-    positions = given.get("position_ids")
-    if positions is None and plan.padding >= 0:
-        real = (ids != plan.padding).long()
-        positions = real.cumsum(1) * real + plan.padding
-    elif positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)
-    positions = positions.expand_as(ids)
-    if ids.shape[1] + plan.padding + 1 > longest:
-        raise FormwrightError(
-            f"The text has {ids.shape[1]} tokens, and the model reads {longest - plan.padding - 1}: truncate it."
-        )
-    types = given.get("token_type_ids")
-    mask = given.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        raise FormwrightError(f"An integer-only model takes a mask of batch and tokens, got {mask.ndim} axes.")
-    return Inputs(
-        ids, positions, torch.zeros_like(ids) if types is None else types, None if mask is None else mask != 0
-    )
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
 
 
 def loss_of(model: PreTrainedModel, logits: Float[Tensor, "b c"], labels: Tensor) -> Float[Tensor, ""]:
@@ -243,8 +98,8 @@ class Simulation(nn.Module):
         super().__init__()
         self.model = model
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
-        self.plan, anatomy = _plan(model)
-        self.paths = _names(model, anatomy, self.plan)
+        self.plan, anatomy = plan_of(model)
+        self.paths = names_of(model, anatomy, self.plan)
         self.ranges: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}  # of the states and of the answer
@@ -260,7 +115,7 @@ class Simulation(nn.Module):
 
     def encoded(self, batch: Mapping[str, Any]) -> tuple[Scaled, Scaled | None]:
         longest = self.module("position").weight.shape[0]
-        return encode(self, self.plan, _inputs(self.plan, batch, longest))
+        return encode(self, self.plan, inputs_of(self.plan, batch, longest))
 
     def module(self, name: str) -> Any:
         return self.model.get_submodule(self.paths[name])
@@ -322,11 +177,11 @@ class Simulation(nn.Module):
         return self.move(name, x, self.scale(name, x.real, self.activation_bits), self.activation_bits)
 
     def attend(self, name: str, query: Scaled, key: Scaled, value: Scaled, heads: int, mask: Tensor | None) -> Scaled:
-        q, k, v = (_split(x.q, heads) for x in (query, key, value))
+        q, k, v = (split_heads(x.q, heads) for x in (query, key, value))
         scores = Scaled(q @ k.transpose(-1, -2), query.scale * key.scale * q.shape[-1] ** -0.5)
         scores = self.move(f"{name}.scores", scores, FUNCTION, SCORES)
         p = i_softmax(scores.q, FUNCTION, None if mask is None else mask[:, None, None])
-        return self.rescale(name, Scaled(_merge(p @ v), value.scale / 256))
+        return self.rescale(name, Scaled(merge_heads(p @ v), value.scale / 256))
 
     def function(self, name: str, function: str, x: Scaled) -> Scaled:
         if function == "relu":
@@ -431,7 +286,7 @@ class IntegerEncoder(Executor):
     @torch.no_grad()
     def encoded(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """States and answer as integers."""
-        return encode(self, self.plan, _inputs(self.plan, given, self.constant("position", "table").shape[0]))
+        return encode(self, self.plan, inputs_of(self.plan, given, self.constant("position", "table").shape[0]))
 
     def constant(self, name: str, what: str) -> Tensor:
         return self._buffers[_flat(f"{name}.{what}")]  # type: ignore[return-value]
@@ -460,12 +315,12 @@ class IntegerEncoder(Executor):
         return self.move(name, x, self.activation_bits).to(torch.int8)
 
     def attend(self, name: str, query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-        q, k, v = (_split(x, heads) for x in (query, key, value))
+        q, k, v = (split_heads(x, heads) for x in (query, key, value))
         scores = self.move(f"{name}.scores", _products(q, k.transpose(-1, -2)), SCORES)
         p = i_softmax(scores, FUNCTION, None if mask is None else mask[:, None, None])
         # p has no sign: 128 less of it fits int8, and 128 times the sum of the values makes up for that.
         mixed = _products((p - 128).to(torch.int8), v) + 128 * v.sum(-2, keepdim=True, dtype=torch.int32)
-        return self.rescale(name, _merge(mixed))
+        return self.rescale(name, merge_heads(mixed))
 
     def function(self, name: str, function: str, x: Tensor) -> Tensor:
         if function == "relu":
@@ -543,7 +398,7 @@ class IBert(Modifier):
         self.example: dict[str, Tensor] = {}
 
     def check(self, model: PreTrainedModel) -> None:
-        plan, _ = _plan(model)
+        plan, _ = plan_of(model)
         if self.qat_steps and not plan.classifier:
             raise FormwrightError("A bare encoder has no loss to train on: use i-bert(qat_steps=0).")
         if self.qat_steps:
