@@ -7,7 +7,7 @@ from formwright.claims import Outcome, fire
 
 def outcome(long, others, short=2.0):
     theirs = {f"{name}, 512": others for name in fire.POSITIONS if name != fire.OURS}
-    return Outcome(scale="full", seed=0, measured={"fire, 512": long, "fire, 64": short}, baseline=theirs)
+    return Outcome(scale="full", seed=0, measured={"fire, 512": long, "fire, 128": short}, baseline=theirs)
 
 
 @pytest.mark.parametrize(

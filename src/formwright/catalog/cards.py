@@ -70,6 +70,7 @@ class Provided:
         capabilities: what it can honour; what is not listed raises.
         time: growth exponent of the FLOPs with the number of tokens; mixers and attention functions declare it.
         memory: the same for peak memory.
+        kernel: of a position with a bias, how it falls with distance: a name of `formwright.ops.relative_kernels`.
         slug: the card it stands on.
     """
 
@@ -80,6 +81,7 @@ class Provided:
     capabilities: tuple[str, ...] = ()
     time: float | None = None
     memory: float | None = None
+    kernel: str | None = None
 
     @property
     def key(self) -> str:
@@ -180,6 +182,7 @@ class Card:
                     "capabilities": part.capabilities,
                     "time": part.time,
                     "memory": part.memory,
+                    "kernel": part.kernel,
                     "options": part.options(),
                 }
                 for part in self.provides
@@ -253,6 +256,7 @@ PROVIDED_FIELDS: dict[str, tuple[type, ...]] = {
     "capabilities": (list,),
     "time": (int, float),
     "memory": (int, float),
+    "kernel": (str,),
 }
 CLAIM_FIELDS: dict[str, tuple[type, ...]] = {"text": (str,), "paper": (str,)}
 

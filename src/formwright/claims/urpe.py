@@ -32,7 +32,7 @@ IDENTIFY = "position-identification(length={length}, examples={examples}, seed={
 CONSTANT = "position-identification(constant=1.0, length={length}, examples=1, seed={seed})"
 EVEN = "even-tokens(length={length}, symbols=20, examples={examples}, seed={seed})"
 LENGTH = {"smoke": 8, "full": 16}
-STEPS = {"smoke": {"identify": 3, "even": 3}, "full": {"identify": 400, "even": 700}}
+STEPS = {"smoke": {"identify": 3, "even": 3}, "full": {"identify": 400, "even": 1000}}
 RATES = {"smoke": (2e-3,), "full": (1e-3, 2e-3, 4e-3)}
 BATCH = 32
 SEEDS = (0, 1, 2)

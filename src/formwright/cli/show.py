@@ -46,8 +46,18 @@ def show(
             _print(f"  can       {', '.join(part.capabilities)}", indent=12)
         if part.time is not None or part.memory is not None:
             _print(f"  grows as  time N^{part.time:g}, memory N^{part.memory:g}", indent=12)
+        if part.kernel is not None:
+            _print(f"  extends   {extension(part.kernel)}", indent=12)
         for option in part.options():
             _print(f"  option    {option}", indent=12)
+
+
+def extension(kernel: str) -> str:
+    """Whether a bias lets a model read longer texts than those of training, by its series; see the card of 042."""
+    from formwright.ops.relative_kernels import KERNELS, described
+
+    trained = "" if kernel in KERNELS else "; of a trained model: python -m formwright.theory.receptive_field FOLDER"
+    return f"beyond the training length, by the criterion of exploring-extrapolation: {described(kernel)}{trained}"
 
 
 def _print(text: str, *, indent: int = 0) -> None:

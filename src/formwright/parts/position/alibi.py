@@ -19,14 +19,8 @@ from torch import Tensor, nn
 
 from formwright.contracts import Context, Toeplitz
 from formwright.errors import FormwrightError
+from formwright.ops.relative_kernels import KERNELS, Series, alibi_slopes
 from formwright.parts.position import by_distance, refuse_all_but_one_sequence
-
-
-def alibi_slopes(heads: int, max_bias: float = 8.0) -> list[float]:
-    """One slope a head; the flattest is 2^-max_bias."""
-    power = 1 << (heads.bit_length() - 1)
-    steps = [*range(2, 2 * power + 1, 2), *range(1, 2 * power, 2)][:heads]
-    return [2.0 ** (-max_bias * step / (2 * power)) for step in steps]
 
 
 class ALiBi(nn.Module):
@@ -55,3 +49,7 @@ class ALiBi(nn.Module):
         refuse_all_but_one_sequence("ALiBi", context)
         slopes = torch.tensor(self.slopes, dtype=torch.float32, device=context.device)
         return by_distance(context, lambda lags: -slopes.view(-1, *[1] * lags.ndim) * lags.abs())
+
+    def series(self) -> list[Series]:
+        """Each head's fall as a series over distances."""
+        return [KERNELS["exponential"].series(slope) for slope in self.slopes]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from formwright.contracts import Context, Toeplitz
 from formwright.errors import FormwrightError
+from formwright.ops.relative_kernels import Series, kerple_series
 from formwright.parts.position import by_distance, refuse_all_but_one_sequence
 
 LEAST = 0.01
@@ -60,6 +61,11 @@ class KERPLE(nn.Module):
         """
         refuse_all_but_one_sequence("KERPLE", context)
         return by_distance(context, self._values)
+
+    def series(self) -> list[Series]:
+        """Each head's fall as a series over distances, as it is now."""
+        r1, r2 = _within(self.r1, None), _within(self.r2, 2.0 if self.kernel == "power" else None)
+        return [kerple_series(self.kernel, *numbers) for numbers in zip(r1.tolist(), r2.tolist(), strict=True)]
 
     def _values(self, lags: Int[Tensor, "..."]) -> Float[Tensor, "h ..."]:
         r1 = _within(self.r1, None).view(-1, *[1] * lags.ndim)

@@ -29,7 +29,7 @@ from formwright.errors import FormwrightError
 from formwright.parts.position import by_distance, refuse_all_but_one_sequence
 from formwright.parts.position.t5 import t5_buckets
 
-HOOKS = ("embed", "rotate", "bias", "scores", "turns_stored", "reads_tokens")
+HOOKS = ("embed", "rotate", "bias", "scores", "turns_stored", "reads_tokens", "series")
 
 
 class URPE(nn.Module):
