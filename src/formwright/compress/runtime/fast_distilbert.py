@@ -35,6 +35,7 @@ from jaxtyping import Bool, Float, Int, Int8, Int32, UInt8
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from formwright.compress.anatomy import Layer, describe
@@ -42,7 +43,9 @@ from formwright.compress.distill import Pair
 from formwright.compress.finetune import Budget, takes_labels, trainable
 from formwright.compress.modifier import Data, Modifier
 from formwright.compress.prune.llm_weight_pruning import Masks, Matrix, cubic, keep_together, matrices
-from formwright.compress.runtime.bytetransformer import PaddingFree
+from formwright.compress.runtime import encoders
+from formwright.compress.runtime.bytetransformer import PaddingFree, family_of, unpack, word_places
+from formwright.compress.runtime.packed import sums
 from formwright.compress.structure import EXECUTOR, Rebuilt, attach, replace
 from formwright.errors import FormwrightError
 from formwright.ops import block_sparse
@@ -497,7 +500,7 @@ class FusedSparse(PaddingFree):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sparse: tuple[Any, SparseEncoder] | None = None
+        self._engine: tuple[Any, SparseEncoder] | None = None
 
     def serves(self, model: PreTrainedModel, given: dict[str, Any]) -> bool:
         ids = given.get("input_ids")
@@ -509,11 +512,23 @@ class FusedSparse(PaddingFree):
             and super().serves(model, given)
         )
 
-    def engine(self, base: PreTrainedModel) -> Any:
+    def encode(self, base: PreTrainedModel, given: dict[str, Any]) -> ModelOutput:
+        """Embed real tokens, run the layers, unpack, pool."""
+        ids, mask = given["input_ids"], given.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        places = word_places(real)
+        hidden = encoders.embed(base, family_of(base), given, places)
+        packed = self.engine(base).run(hidden, sums(real.sum(1)))
+        return encoders.finish(base, unpack(packed, places, real.shape))
+
+    def engine(self, base: PreTrainedModel) -> "SparseEncoder":
         """Of this very model, and of the weights it has now."""
-        if self._sparse is None or self._sparse[0]() is not base or not self._sparse[1].holds():
-            self._sparse = (weakref.ref(base), SparseEncoder(base))
-        return self._sparse[1]
+        if self._engine is None or self._engine[0]() is not base or not self._engine[1].holds():
+            self._engine = (weakref.ref(base), SparseEncoder(base))
+        return self._engine[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}
 
 
 class Steps(NamedTuple):
@@ -560,7 +575,7 @@ class SparseEncoder:
         return True
 
     @torch.no_grad()
-    def run(self, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"], **_: Any) -> Float[Tensor, "t d"]:
+    def run(self, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"]) -> Float[Tensor, "t d"]:
         """The tokens after the last layer. `cu_seqlens` runs from 0 to t."""
         read, kept = block_sparse.to_panels(hidden, *self.layers[0].reads, keep=True)
         assert kept is not None

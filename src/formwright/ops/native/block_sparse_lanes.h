@@ -105,6 +105,18 @@ static inline Vector real(const Sparse &w, int64_t row, const int32_t *sums) {
 
 // One row of a panel of bytes from the same row in floats.
 static inline void store_bytes(uint8_t *panel, const Vector *row, const Scale &scale) {
+#if FORMWRIGHT_LANES == 16
+    __m128i bytes[4];
+    for (int64_t i = 0; i < 4; ++i)
+        bytes[i] = _mm512_cvtepi32_epi8((__m512i)quantised(row[i], scale.inverse, scale.zero));
+    const __m128i ab = _mm_unpacklo_epi32(bytes[0], bytes[1]), cd = _mm_unpacklo_epi32(bytes[2], bytes[3]);
+    const __m128i AB = _mm_unpackhi_epi32(bytes[0], bytes[1]), CD = _mm_unpackhi_epi32(bytes[2], bytes[3]);
+    __m128i *to = reinterpret_cast<__m128i *>(panel);
+    _mm_storeu_si128(to, _mm_unpacklo_epi64(ab, cd));
+    _mm_storeu_si128(to + 1, _mm_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128(to + 2, _mm_unpacklo_epi64(AB, CD));
+    _mm_storeu_si128(to + 3, _mm_unpackhi_epi64(AB, CD));
+#else
     for (int64_t at = 0; at < tile; at += lanes) {
         const Bits q = quantised(row[at / lanes], scale.inverse, scale.zero);
         for (int64_t i = 0; i < lanes; i += 4) {
@@ -112,6 +124,7 @@ static inline void store_bytes(uint8_t *panel, const Vector *row, const Scale &s
             std::memcpy(panel + place((at + i) / 4), &word, 4);
         }
     }
+#endif
 }
 
 // What becomes of the sums of a group's four rows; `first` is the first of them.
