@@ -388,7 +388,7 @@ class Bucket:
     chosen: Tensor  # the pairs
 
     def fill(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "p 2 s c"]:
-        """x'_b of both halves of all pairs."""
+        """x'_b of both halves of all pairs, each where the other half will read it."""
         if self.into_weights is None:
             groups = _sums(x, *self.into)
         else:
@@ -426,7 +426,8 @@ def _buckets(
         rank[chosen] = torch.arange(pairs)
         here = (rank[pair] >= 0).nonzero()[:, 0]
         node, row = tree.entry[here], (2 * rank[pair[here]] + side[here]) * groups + group[here]
-        by_group, group_bounds = _bags(row, 2 * pairs * groups)
+        across = row + (1 - 2 * side[here]) * groups
+        by_group, group_bounds = _bags(across, 2 * pairs * groups)
         by_node, node_bounds = _bags(node, tree.nodes)
         buckets.append(
             Bucket(
@@ -488,7 +489,7 @@ def _lattice_forward(tree: IntegratorTree, x: Tensor, values: Tensor) -> Tensor:
     padded = _padded(values.to(x.dtype), buckets)
     result = _multiply_leaves(padded[between], x, *gather).add_(padded[0] * x)
     for bucket in buckets:
-        result += bucket.drain(_hankel(padded, bucket.fill(x).flip(1)))
+        result += bucket.drain(_hankel(padded, bucket.fill(x)))
     return result
 
 
@@ -510,10 +511,9 @@ def _lattice_backward(tree: IntegratorTree, x: Tensor, grad: Tensor, values: Ten
     found.index_add_(0, between.flatten(), met.flatten())
     found[len(values)] = 0  # a node and itself
     for bucket in buckets:
-        theirs, ours = bucket.fill(x).flip(1), bucket.fill(grad)
-        slots = bucket.slots
+        theirs, ours, slots = bucket.fill(x), bucket.fill(grad).flip(1), bucket.slots
         if slots < LARGE:
-            met = torch.einsum("puac,pubc->ab", ours, theirs)
+            met = (ours.flatten(0, 1) @ theirs.flatten(0, 1).mT).sum(0)
             at = torch.arange(slots, device=x.device)
             found.index_add_(0, (at[:, None] + at).flatten(), met.flatten())
         else:
@@ -544,7 +544,7 @@ def _smooth(tree: IntegratorTree, x: Tensor, f: Smooth) -> Tensor:
     result = torch.zeros_like(x)
     for bucket in buckets:
         here = at[: bucket.slots]
-        result = result + bucket.drain(f(here[:, None] + here) @ bucket.fill(x).flip(1))
+        result = result + bucket.drain(f(here[:, None] + here) @ bucket.fill(x))
     return result
 
 
@@ -567,13 +567,13 @@ def _direct(tree: IntegratorTree, x: Tensor, f: Callable[[Tensor], Tensor]) -> T
     for bucket, at in tree.kept[key]:
         slots = bucket.fill(x)
         crossed = []
-        for left, right, (ours, theirs) in zip(
+        for left, right, (to_left, to_right) in zip(
             *(at[:, side].split(max(1, TOGETHER // bucket.slots**2)) for side in (0, 1)),
             (part.unbind(1) for part in slots.split(max(1, TOGETHER // bucket.slots**2))),
             strict=True,
         ):
             matrix = f(left[:, :, None] + right[:, None, :])
-            crossed.append(torch.stack([matrix @ theirs, matrix.mT @ ours], 1))
+            crossed.append(torch.stack([matrix @ to_left, matrix.mT @ to_right], 1))
         result = result + bucket.drain(torch.cat(crossed))
     return result
 
