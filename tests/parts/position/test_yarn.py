@@ -73,7 +73,7 @@ def test_a_step_beyond_the_trained_length_equals_a_forward_pass_over_all_so_far(
     torch.manual_seed(0)
     sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
     config = TransformerConfig(architecture="decoder", position="rope-dynamic(trained=4)", **sizes)
-    model, ids = TransformerForCausalLM(config).eval(), torch.randint(0, 11, (2, 9))
+    model, ids = TransformerForCausalLM(config).double().eval(), torch.randint(0, 11, (2, 9))
     cache = model.model.new_cache()
     end = 0
     for count in (3, 1, 1, 3, 1):

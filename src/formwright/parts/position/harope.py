@@ -113,7 +113,8 @@ def fold(model: nn.Module) -> None:
         raise FormwrightError("There is no HARoPE to fold: build the model with position='harope'.")
     for layer in layers:
         plain = isinstance(layer, MultiHeadAttention) and type(layer)._projected is MultiHeadAttention._projected
-        if not plain or type(layer.query_key_value) is not nn.Linear:
+        projection = layer.query_key_value
+        if not (plain and isinstance(projection, nn.Linear) and projection.weight.is_floating_point()):
             raise FormwrightError(
                 f"HARoPE's maps go into a plain projection, and {type(layer).__name__} has another: merge adapters "
                 "first, or leave the model as it is."
