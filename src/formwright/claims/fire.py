@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 OURS = "fire"
 POSITIONS = {"fire": "fire(threshold=32)", "alibi": "alibi", "kerple": "kerple", "t5": "t5", "rope": "rope"}
 TRAINED, READ = 128, (128, 256, 512)
-RATES = {"smoke": (4e-3,), "full": (2e-3, 4e-3, 8e-3)}
+RATES = {"smoke": (4e-3,), "full": (4e-3, 8e-3, 1.6e-2)}
 STEPS = {"smoke": 4, "full": 700}
 TEXT = {
     "smoke": "char-lm(length={length}, test=0.01, validation=0.01)",
