@@ -376,6 +376,15 @@ def test_a_lattice_takes_values_in_place_of_a_function():
     torch.testing.assert_close(integrate_lattice(tree, x, values), integrate_reference(tree, x, f))
 
 
+def test_a_lattice_that_is_too_fine_is_not_used():
+    weights = torch.full((59,), 3.0, dtype=torch.float64)
+    weights[0] = 1e9
+    for nodes in (5, 60):
+        tree, x = integrator_tree(some_tree(nodes, "path"), weights[: nodes - 1]), field(nodes)
+        f = FUNCTIONS["any"]
+        torch.testing.assert_close(integrate(tree, x, f), integrate_reference(tree, x, f), rtol=1e-6, atol=1e-6)
+
+
 def test_a_field_on_some_nodes_is_zero_on_the_others():
     metric = graph_distances(grid_edges((4, 5)), nodes=20)
     tree = integrator_tree(*random_tree_metric(metric, seed=0))

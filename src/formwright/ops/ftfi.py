@@ -40,7 +40,7 @@ from formwright.ops.trees import IntegratorTree, counting_sort
 Method = Literal["auto", "separable", "lattice", "panels", "direct"]
 
 LARGE = 128  # Hankel matrices from this size go through the FFT
-SPARSE = 8  # slots to an entry beyond which a lattice is too fine to be of use
+SPARSE = 8  # steps to a distance beyond which a lattice is too fine to be of use
 TOGETHER = 1 << 22  # numbers of the matrices multiplied at a time by "direct"
 POINTS = {torch.float32: 10, torch.float64: 20}  # of a panel
 
@@ -261,7 +261,7 @@ def integrate_lattice(
 
 
 def _method(tree: IntegratorTree, f: Callable[[Tensor], Tensor], method: Method) -> Method:
-    coarse = tree.step is not None and _slots(tree) <= SPARSE * max(1, len(tree.entry))
+    coarse = tree.step is not None and _slots(tree) <= SPARSE * (len(tree.entry) + tree.within.numel())
     if method == "auto":
         if isinstance(f, Separable):
             return "separable"
@@ -290,12 +290,13 @@ def _reach(tree: IntegratorTree) -> float:
     return float(tree.distance.max()) if len(tree.distance) else 0.0
 
 
-def _slots(tree: IntegratorTree) -> int:
+def _slots(tree: IntegratorTree) -> float:
+    """How many steps the distances from pivots and the longest distance have in all."""
     assert tree.step is not None
     if "slots" not in tree.kept:
         farthest = torch.zeros(len(tree.level), dtype=torch.float64)
         farthest.scatter_reduce_(0, tree.half, tree.distance, "amax")
-        tree.kept["slots"] = int((farthest / tree.step).sum()) + len(farthest)
+        tree.kept["slots"] = (float(farthest.sum()) + tree.diameter) / tree.step
     return tree.kept["slots"]
 
 

@@ -52,7 +52,7 @@ class IntegratorTree:
         levels: how often the tree is halved.
         entry: which node an entry is, in the order of the halves.
         half: the half it belongs to.
-        distance: how far it is from the pivot that its half shares with the other.
+        distance: how far it is from the pivot that its half shares with the other, to 1e-15 of the tree's depth.
         level: the level of each half.
         leaf: nodes of every leaf, -1 where there is none.
         within: the distances inside the leaves.
@@ -200,7 +200,7 @@ def _lattice(lengths: Array) -> float | None:
     few = lengths[:16] * parts  # the first weights rule out nearly all
     for candidate in np.flatnonzero((np.abs(few - np.rint(few)) <= 1e-9 * np.maximum(1, few)).all(1)) + 1:
         whole = np.rint(lengths * candidate)
-        if (np.abs(lengths * candidate - whole) <= 1e-9 * np.maximum(1, whole)).all():
+        if whole.max(initial=0) < 2**52 and (np.abs(lengths * candidate - whole) <= 1e-9 * np.maximum(1, whole)).all():
             step = int(np.gcd.reduce(whole.astype(np.int64))) if len(whole) else 0
             return max(step, 1) / int(candidate)
     return None

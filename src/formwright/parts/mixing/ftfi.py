@@ -13,6 +13,7 @@ Differs  phi is ReLU + 0.001, ELU + 1 or exp, channel by channel; random feature
          says of trees and of the three numbers holds here, too.
 """
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -152,7 +153,7 @@ class TopologicalAttention(nn.Module):
         grid, positions = context.grid, context.positions
         if grid is None:
             grid = (len(field) if positions is None else int(positions.max()) + 1,)
-        cells = torch.Size(grid).numel()
+        cells = math.prod(grid)
         if positions is not None:
             at = positions.expand(field.shape[2], -1).mT[:, None, :, None, None].expand_as(field)
             field = field.new_zeros(cells, *field.shape[1:]).scatter_add(0, at, field)

@@ -19,6 +19,7 @@ Differs  The paper's polynomial is a_0 + a_1 x + a_2 x^2; a_0 cancels in the div
 """
 
 import functools
+import math
 
 import torch
 from jaxtyping import Float
@@ -99,7 +100,7 @@ def check_cells(part: str, context: Context) -> None:
         UnsupportedContext: the tokens do not fit the grid.
     """
     assert context.grid is not None
-    cells = functools.reduce(int.__mul__, context.grid)
+    cells = math.prod(context.grid)
     if context.positions is None:
         fits = context.keys == cells
     else:
@@ -116,7 +117,7 @@ def check_cells(part: str, context: Context) -> None:
 @functools.lru_cache(maxsize=64)
 def grid_trees(grid: tuple[int, ...], trees: int) -> tuple[IntegratorTree, ...]:
     """Spanning trees of a grid: Kruskal's in row order, then random ones. A line has one."""
-    edges, nodes = grid_edges(grid), torch.Size(grid).numel()
+    edges, nodes = grid_edges(grid), math.prod(grid)
     seeds = [None, *range(1, trees)] if sum(size > 1 for size in grid) > 1 else [None]
     return tuple(integrator_tree(edges[spanning_tree(edges, nodes=nodes, seed=seed)]) for seed in seeds)
 
