@@ -67,20 +67,38 @@ def test_dynamic_gives_every_row_the_frequencies_of_its_own_length():
     torch.testing.assert_close(q[:1, :, 3:], row)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 1])
-@torch.no_grad()
-def test_a_step_beyond_the_trained_length_equals_a_forward_pass_over_all_so_far(kv_heads):
+def steps_and_passes(model, lengths, kv_heads=None, layers=1):
+    """The last token's logits, decoded with a cache and by a pass over all so far, at every length."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
-    config = TransformerConfig(architecture="decoder", position="rope-dynamic(trained=4)", **sizes)
-    model, ids = TransformerForCausalLM(config).double().eval(), torch.randint(0, 11, (2, 9))
-    cache = model.model.new_cache()
-    end = 0
-    for count in (3, 1, 1, 3, 1):
-        end += count
-        stepped = model(ids[:, end - count : end], past_key_values=cache, use_cache=True).logits[:, -1]
-        full = model(ids[:, :end], use_cache=False).logits[:, -1]
-        torch.testing.assert_close(stepped, full, atol=1e-5, rtol=1e-5)
+    config = TransformerConfig(architecture="decoder", position=model, num_hidden_layers=layers, **sizes)
+    lm, ids = TransformerForCausalLM(config).double().eval(), torch.randint(0, 11, (2, lengths[-1]))
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        cache, start = lm.model.new_cache(), 0
+        for end in lengths:
+            stepped = lm(ids[:, start:end], past_key_values=cache, use_cache=True).logits[:, -1]
+            yield end, stepped, lm(ids[:, :end], use_cache=False).logits[:, -1]
+            start = end
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_a_dynamic_step_turns_all_keys_as_its_query(kv_heads):
+    for _, stepped, whole in steps_and_passes("rope-dynamic(trained=4)", (3, 4, 5, 8, 9), kv_heads):
+        torch.testing.assert_close(stepped, whole)
+
+
+def test_beyond_the_trained_length_what_earlier_tokens_became_stays():
+    for end, stepped, whole in steps_and_passes("rope-dynamic(trained=4)", (3, 4, 5, 8, 9), layers=2):
+        away = (stepped - whole).abs().max()
+        assert away < 1e-12 if end <= 4 else 1e-9 < away < 0.05
+
+
+@pytest.mark.parametrize("name", ["rope-linear", "rope-ntk", "rope-yarn(trained=4)"])
+def test_a_fixed_stretch_decodes_as_one_pass(name):
+    for _, stepped, whole in steps_and_passes(name, (3, 4, 5, 8, 9), kv_heads=2, layers=2):
+        torch.testing.assert_close(stepped, whole)
 
 
 def test_dynamic_turns_all_keys_or_none():

@@ -14,8 +14,10 @@ Idea     Angles beyond the training length are new to a model; slower turns brin
 
          No training is needed for any of them; YaRN is best after a little. On a grid L and l are an axis's.
 Differs  In nothing that is computed. With rope-dynamic a length changes all angles: a cache keeps the keys unturned and
-         every step turns them anew, so that it equals a forward pass over all tokens so far; transformers keeps the
-         turned ones. l is each row's own, where transformers takes the longest of the batch.
+         every step turns them anew as its own query, where transformers keeps turned ones of many lengths. What earlier
+         tokens became stays, so that beyond L, from the second layer on, decoding with a cache is near a forward pass
+         over all tokens so far and not equal to it; use_cache=False is that pass. l is each row's own, where
+         transformers takes the longest of the batch.
 """
 
 import math
