@@ -33,6 +33,7 @@ from formwright.errors import FormwrightError
 from formwright.models.body import TransformerModel, TransformerOutput, TransformerPreTrainedModel
 from formwright.models.config import TransformerConfig
 from formwright.models.generation import Generates
+from formwright.ops.linear import project
 
 __all__ = [
     "TransformerConfig",
@@ -152,7 +153,7 @@ class TransformerForCausalLM(_Head, Generates, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x = body.last_hidden_state
-        logits = self.lm_head(x if isinstance(logits_to_keep, int) and logits_to_keep == 0 else x[:, kept])
+        logits = project(self.lm_head, x if isinstance(logits_to_keep, int) and logits_to_keep == 0 else x[:, kept])
         loss = None
         if labels is not None:
             loss = token_loss(logits, F.pad(labels[:, 1:], (0, 1), value=-100))
@@ -230,7 +231,7 @@ class TransformerForConditionalGeneration(_Head, Generates, GenerationMixin):
             return_dict=True,
         )
         x = body.last_hidden_state
-        logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x)
+        logits = project(self.lm_head, x[:, -logits_to_keep:] if logits_to_keep else x)
         return self._output(body, logits, None if labels is None else token_loss(logits, labels))
 
 
@@ -277,7 +278,7 @@ class TransformerForMaskedLM(_Head):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        logits = self.lm_head(self.transform(body.last_hidden_state))
+        logits = project(self.lm_head, self.transform(body.last_hidden_state))
         return self._output(body, logits, None if labels is None else token_loss(logits, labels))
 
 

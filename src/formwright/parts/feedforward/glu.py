@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import Context
 from formwright.errors import FormwrightError
+from formwright.ops.linear import project
 
 
 class GLU(nn.Module):
@@ -40,8 +41,8 @@ class GLU(nn.Module):
         self.up.role, self.down.role = "up", "down"
 
     def forward(self, x: Float[Tensor, "b n d"], _context: Context | None = None) -> Float[Tensor, "b n d"]:
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(self.inner(self.activation(gate) * value))
+        gate, value = project(self.up, x).chunk(2, dim=-1)
+        return project(self.down, self.inner(self.activation(gate) * value))
 
     def activation(self, x: Float[Tensor, "b n h"]) -> Float[Tensor, "b n h"]:
         raise NotImplementedError

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import Context
 from formwright.errors import FormwrightError
+from formwright.ops.linear import project
 
 
 class MLP(nn.Module):
@@ -38,7 +39,7 @@ class MLP(nn.Module):
         self.up.role, self.down.role = "up", "down"
 
     def forward(self, x: Float[Tensor, "b n d"], _context: Context | None = None) -> Float[Tensor, "b n d"]:
-        return self.down(self.inner(self.activation(self.up(x))))
+        return project(self.down, self.inner(self.activation(project(self.up, x))))
 
     def activation(self, x: Float[Tensor, "b n h"]) -> Float[Tensor, "b n h"]:
         raise NotImplementedError

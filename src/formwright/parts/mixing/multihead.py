@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import SCORE_HOOKS, Context, Hook, UnsupportedContext, hooks
 from formwright.errors import FormwrightError
+from formwright.ops.linear import project
 from formwright.parts.attention.softmax import repeat_heads
 
 
@@ -89,7 +90,7 @@ class MultiHeadAttention(nn.Module):
         if context.attentions is not None:
             context.attentions.append(self._weights(q, k, context, arguments))
         mixed = self.attention(q, k, v, mask=context.mask, **arguments)
-        return self.out(self.inner(self.gather(mixed, x)))
+        return project(self.out, self.inner(self.gather(mixed, x)))
 
     def gather(
         self, mixed: Float[Tensor, "b h n e"], _x: Float[Tensor, "b n d"]
@@ -100,7 +101,7 @@ class MultiHeadAttention(nn.Module):
     def _projected(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         if context.memory is None:
             # split first, then turn each: so the gradients lie as the projection wants them and need no copy
-            split = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
+            split = project(self.query_key_value, x).unflatten(-1, (-1, self.head_dim))
             q, k, v = split.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
             return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         wide = self.inner_width

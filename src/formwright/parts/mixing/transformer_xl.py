@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import SCORE_HOOKS, Context, Hook, hooks, refuse
 from formwright.errors import FormwrightError
+from formwright.ops.linear import project
 from formwright.parts.attention.softmax import repeat_heads, softmax_or_zero
 from formwright.parts.position import refuse_all_but_one_sequence
 
@@ -143,7 +144,7 @@ class TransformerXLAttention(nn.Module):
         if context.attentions is not None:
             context.attentions.append(weights)
         mixed = F.dropout(weights, self.dropout, self.training) @ repeat_heads(v, self.heads)
-        return self.out(self.inner(mixed.transpose(1, 2).flatten(2)))
+        return project(self.out, self.inner(mixed.transpose(1, 2).flatten(2)))
 
     def _check(self, context: Context) -> None:
         refuse_all_but_one_sequence(NAME, context)
@@ -169,7 +170,7 @@ class TransformerXLAttention(nn.Module):
             kept = self._rows(context.cache.recall(x), slice(self.inner_width, None))
             k, v = kept.unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
             return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        split = self.query_key_value(x).unflatten(-1, (-1, self.head_dim)).split(groups, dim=2)
+        split = project(self.query_key_value, x).unflatten(-1, (-1, self.head_dim)).split(groups, dim=2)
         q, k, v = (part.transpose(1, 2) for part in split)
         return (q, k, v) if context.cache is None else (q, *context.cache.update(k, v))
 
