@@ -299,7 +299,7 @@ def main() -> None:
         if "shares" in given.which:
             found += shares(path, given.rounds)
         if "sentences" in given.which and find_spec("sentence_transformers"):
-            found.append(sentences(path, runtimes, max(3, given.rounds // 2)))
+            found.append(sentences(path, runtimes, 3))
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -325,3 +325,16 @@ def test_a_family_the_method_does_not_know(tmp_path, folder, rows, method: str) 
     said = refused(model, "--data", rows, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
     assert method in said
     assert "fnet" in said
+
+
+def test_what_costs_little_is_tried_first_and_stacked() -> None:
+    choices = {
+        "width": ["", "prune"],
+        "recover": ["", "finetune"],
+        "products": ["", "int8"],
+        "precision": ["", "bfloat16"],
+        "execution": ["", "padding-free", "deebert"],
+    }
+    tried = [" ".join(step for step in first.values() if step) for first in bench._first_trials(choices)]
+    assert tried[:3] == ["padding-free", "bfloat16 padding-free", "int8 bfloat16 padding-free"]
+    assert tried[3:] == ["deebert", "bfloat16", "int8", "prune"]

@@ -62,8 +62,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "recover": ("distill", "finetune"),
     "products": ("int8",),
     "precision": ("bfloat16",),  # of what int8 leaves, or of all
-    "execution": ("padding-free", "padding-free(precision=bfloat16)", "i-bert(qat_steps=0)", "deebert", "ltp"),
+    "execution": ("padding-free", "i-bert(qat_steps=0)", "deebert", "ltp"),
 }
+LIGHT = ("execution", "precision", "products")  # quick to try, and each gains beside the others: first, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,6 +474,20 @@ def available(model: PreTrainedModel) -> dict[str, list[str]]:
     return found
 
 
+def _first_trials(choices: dict[str, list[str]]) -> list[dict[str, str]]:
+    """What costs little to try, each upon the one before; then every other method alone."""
+    nothing = dict.fromkeys(choices, "")
+    light = [group for group in LIGHT if group in choices]
+    stacked = [nothing | {group: choices[group][1] for group in light[: i + 1]} for i in range(len(light))]
+    alone = [
+        nothing | {group: spec}
+        for group, specs in reversed(choices.items())
+        for spec in specs[1:]
+        if group != "recover"  # there is nothing to recover from yet
+    ]
+    return stacked + [one for one in alone if one not in stacked]
+
+
 def search(bench: Bench, records: Records, *, max_drop: float, target: Target, budget: Budget, say: Told) -> None:
     """Try recipes until the budget is spent."""
     optuna = require("optuna", extra="search")
@@ -490,10 +505,8 @@ def search(bench: Bench, records: Records, *, max_drop: float, target: Target, b
         load_if_exists=True,
     )
     if not study.trials:
-        for group, specs in reversed(choices.items()):  # what changes no output comes first
-            for spec in specs[1:]:
-                if group != "recover":  # there is nothing to recover from yet
-                    study.enqueue_trial({name: spec if name == group else "" for name in choices})
+        for first in _first_trials(choices):
+            study.enqueue_trial(first)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # killed in the middle: once more
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)

@@ -29,6 +29,12 @@ def _norm() -> Callable[..., int] | None:
     return native.function("formwright_add_norm", tensors=7, numbers=5)
 
 
+@functools.lru_cache(maxsize=64)
+def _number(value: float) -> Tensor:
+    """Where a kernel reads it."""
+    return torch.tensor([value], dtype=torch.float32, device="cpu")
+
+
 def _served(kernel: Callable[..., int] | None, *tensors: Tensor) -> bool:
     return kernel is not None and all(x.device.type == "cpu" and x.dtype in NATIVE for x in tensors)
 
@@ -73,7 +79,6 @@ def varlen_attention(
     assert table is None or table.shape[-1] >= longest
     assert turn is None or len(turn[0]) >= longest
     size, start = qkv.element_size(), qkv.data_ptr()
-    factor = torch.tensor([scaling], dtype=torch.float32)
     failed = kernel(
         start,
         start + size * heads * width,
@@ -83,7 +88,7 @@ def varlen_attention(
         *((None, None) if turn is None else (x.data_ptr() for x in turn)),
         None if received is None else received.data_ptr(),
         border.data_ptr(),
-        factor.data_ptr(),
+        _number(scaling).data_ptr(),
         qkv.dtype == torch.bfloat16,
         len(lengths),
         longest,
@@ -164,10 +169,9 @@ def add_norm(
     x, added = x.contiguous(), None if added is None else added.contiguous()
     gain, shift = gain.float().contiguous(), None if shift is None else shift.float().contiguous()
     normal, summed = torch.empty_like(x), torch.empty_like(x) if total else None
-    least = torch.tensor([eps], dtype=torch.float32)
     failed = kernel(
         *(None if one is None else one.data_ptr() for one in (x, added, gain, shift, summed, normal)),
-        least.data_ptr(),
+        _number(eps).data_ptr(),
         x.dtype == torch.bfloat16,
         len(x),
         x.shape[1],

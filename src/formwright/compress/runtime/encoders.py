@@ -29,7 +29,7 @@ def embed(base: PreTrainedModel, family: str, given: dict[str, Any], places: Int
     """The embeddings of the tokens at these places of the flattened batch alone, as they enter the first layer."""
     ids = given["input_ids"]
 
-    def packed(values: Int[Tensor, "b n"]) -> Int[Tensor, "1 t"]:
+    def packed(values: Tensor) -> Tensor:  # (b, n) -> (1, t)
         return values.reshape(-1)[places][None]
 
     tokens = {"input_ids": packed(ids)}
