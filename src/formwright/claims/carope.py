@@ -39,7 +39,7 @@ RULE = (
     "CARoPE's at most a quarter as much, and CARoPE's loss at 128 is below RoPE's; holds in direction: CARoPE's mean "
     "loss at 128 is below RoPE's."
 )
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 OURS, RIVAL = "carope", "rope"
 ARMS = {

@@ -45,7 +45,7 @@ TEXT = {
     "smoke": "char-lm(length={length}, test=0.01, validation=0.01)",
     "full": "char-lm(length={length}, validation=0.05)",
 }
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 
 def run(scale: Scale, seed: int) -> Outcome:

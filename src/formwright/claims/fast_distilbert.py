@@ -48,7 +48,7 @@ from formwright.ops import block_sparse
 from formwright.tasks.base import Task
 from formwright.training import Settings, evaluate, fit, seeded
 
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 AMOUNT = 0.8
 LAYERS, WIDTH = {"smoke": 2, "full": 4}, {"smoke": 16, "full": 128}
 STEPS, FURTHER = {"smoke": 3, "full": 300}, {"smoke": 10, "full": 200}

@@ -30,7 +30,7 @@ RULE = (
     "loss = nats a byte of the same test text; holds: in every seed FIRE's loss at 512 bytes is the lowest and no "
     "higher than its own at 128; holds in direction: FIRE's mean loss at 512 is the lowest."
 )
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 OURS = "fire"
 POSITIONS = {"fire": "fire(threshold=32)", "alibi": "alibi", "kerple": "kerple", "t5": "t5", "rope": "rope"}

@@ -44,7 +44,7 @@ ARMS = {"mask": "topological-attention", "no mask": "topological-attention(maske
 POSITIONS = {"positions": "learned(std=1.0)", "no positions": "none"}
 RATES = {"smoke": (4e-3,), "full": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 STEPS = {"smoke": 2, "full": 600}
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 
 def run(scale: Scale, seed: int) -> Outcome:

@@ -33,7 +33,7 @@ RULE = (
     "error = mean squared error of the predicted noise on test images; holds: in every seed HARoPE's is the lowest of "
     "the four; holds in direction: HARoPE's mean is the lowest of the four."
 )
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 OURS = "harope"
 OTHERS = ("2-D RoPE", "1-D RoPE", "absolute")

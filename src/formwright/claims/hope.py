@@ -35,7 +35,7 @@ RULE = (
     "score of two equal vectors rises; holds: in every seed HoPE's loss is the lowest of the four and its rises are 0, "
     "while RoPE's are not; holds in direction: HoPE's mean loss is below RoPE's and sinusoidal's, and its rises are 0."
 )
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 OURS, RIVAL = "hope", "rope"
 ARMS = {OURS: "hope", RIVAL: "rope", "alibi": "alibi", "sinusoidal": "sinusoidal(amplitude=0.03)"}

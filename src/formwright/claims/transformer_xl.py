@@ -48,7 +48,7 @@ from formwright.training import Settings, evaluate, fit, seeded
 
 OURS, NO_MEMORY, ABSOLUTE, LONG = "transformer-xl", "no memory", "absolute", "absolute, twice the window"
 ARMS = (OURS, NO_MEMORY, ABSOLUTE, LONG)
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 SEGMENT, BYTES = 64, 1024  # of a step
 WINDOW = {OURS: SEGMENT, NO_MEMORY: SEGMENT, ABSOLUTE: SEGMENT, LONG: 2 * SEGMENT}

@@ -35,7 +35,7 @@ LENGTH = {"smoke": 8, "full": 16}
 STEPS = {"smoke": {"identify": 3, "even": 3}, "full": {"identify": 400, "even": 1000}}
 RATES = {"smoke": (2e-3,), "full": (1e-3, 2e-3, 4e-3)}
 BATCH = 32
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # others than those looked at while the claim was written
 
 
 def run(scale: Scale, seed: int) -> Outcome:
