@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 @contextmanager
 def attention_in_float32(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the model's attention functions compute outside autocast, on float32 copies of their inputs."""
+    """While it lasts, the model's attention functions compute outside autocast, on float32 copies of their inputs.
+
+    Where our own kernel serves it takes bfloat16 as it is: it sums in float32.
+    """
     functions = [module for module in model.modules() if isinstance(getattr(type(module), "grouped", None), bool)]
     for function in functions:
-        function.forward = functools.partial(_outside_autocast, function.forward)
+        function.forward = functools.partial(
+            _outside_autocast, function.forward, getattr(function, "is_native", _never)
+        )
     try:
         yield
     finally:
@@ -27,12 +32,19 @@ def attention_in_float32(model: nn.Module) -> Iterator[None]:
             del function.forward  # the class's own shows again
 
 
-def _outside_autocast(forward: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-    device = args[0].device.type
-    with torch.autocast(device, enabled=False):
+def _outside_autocast(
+    forward: Callable[..., Tensor], is_native: Callable[..., bool], *args: Any, **options: Any
+) -> Tensor:
+    with torch.autocast(args[0].device.type, enabled=False):
+        if is_native(*args, **options):  # our kernel reads bfloat16 and sums in float32
+            return forward(*args, **options)
         return forward(
             *(_float32(value) for value in args), **{name: _float32(value) for name, value in options.items()}
         )
+
+
+def _never(*_args: Any, **_options: Any) -> bool:
+    return False
 
 
 def _float32(value: Any) -> Any:

@@ -6,6 +6,8 @@ constexpr int64_t lanes = FORMWRIGHT_LANES;
 typedef float Vector __attribute__((vector_size(FORMWRIGHT_LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(FORMWRIGHT_LANES * 4)));
 
+static inline int64_t up_to_lanes(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
+
 static inline Vector load(const float *from) {
     Vector v;
     std::memcpy(&v, from, sizeof v);
@@ -31,6 +33,24 @@ static inline float sum(Vector v) {
     float total = 0.0f;
     for (int64_t i = 0; i < lanes; ++i) total += v[i];
     return total;
+}
+
+static inline float total(Vector v) {
+#if defined(__AVX512F__) && FORMWRIGHT_LANES == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    return sum(v);
+#endif
+}
+
+static inline float highest(Vector v) {
+#if defined(__AVX512F__) && FORMWRIGHT_LANES == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int64_t i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
 }
 
 // 2^z to 1 ulp. Rounding z to an integer by adding 1.5 * 2^23 leaves that integer in the low bits, where it is shifted into the exponent;
@@ -63,4 +83,33 @@ static inline Vector softplus(Vector z) {
     p = p * q + 1.0f / 3;
     p = p * q + 1.0f;
     return (z > zero ? z : zero) + 2.0f * s * p;
+}
+
+typedef uint16_t Halves __attribute__((vector_size(FORMWRIGHT_LANES * 2)));
+
+// A bfloat16 is the upper half of a float; back, to the nearest and of two equally near to the even one.
+static inline Vector load(const uint16_t *from) {
+    Halves h;
+    std::memcpy(&h, from, sizeof h);
+    return (Vector)(__builtin_convertvector(h, Bits) << 16);
+}
+
+static inline void store(uint16_t *to, Vector v) {
+    const Bits bits = (Bits)v;
+    const Halves h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
+    std::memcpy(to, &h, sizeof h);
+}
+
+static inline Vector load(const uint16_t *from, int64_t count) {
+    if (count >= lanes) return load(from);
+    uint16_t whole[lanes] = {};
+    for (int64_t i = 0; i < count; ++i) whole[i] = from[i];
+    return load(whole);
+}
+
+static inline void store(uint16_t *to, Vector v, int64_t count) {
+    if (count >= lanes) return store(to, v);
+    uint16_t whole[lanes];
+    store(whole, v);
+    for (int64_t i = 0; i < count; ++i) to[i] = whole[i];
 }

@@ -1,34 +1,5 @@
 // Attention of one head in one text, and residual sum + norm, for one instruction set (see instruction_sets.h).
 
-typedef uint16_t Halves __attribute__((vector_size(FORMWRIGHT_LANES * 2)));
-
-// A bfloat16 is the upper half of a float; back, to the nearest and of two equally near to the even one.
-static inline Vector load(const uint16_t *from) {
-    Halves h;
-    std::memcpy(&h, from, sizeof h);
-    return (Vector)(__builtin_convertvector(h, Bits) << 16);
-}
-
-static inline void store(uint16_t *to, Vector v) {
-    const Bits bits = (Bits)v;
-    const Halves h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
-    std::memcpy(to, &h, sizeof h);
-}
-
-static inline Vector load(const uint16_t *from, int64_t count) {
-    if (count >= lanes) return load(from);
-    uint16_t whole[lanes] = {};
-    for (int64_t i = 0; i < count; ++i) whole[i] = from[i];
-    return load(whole);
-}
-
-static inline void store(uint16_t *to, Vector v, int64_t count) {
-    if (count >= lanes) return store(to, v);
-    uint16_t whole[lanes];
-    store(whole, v);
-    for (int64_t i = 0; i < count; ++i) to[i] = whole[i];
-}
-
 static inline float value(const float *from) { return *from; }
 
 static inline float value(const uint16_t *from) {
@@ -38,29 +9,9 @@ static inline float value(const uint16_t *from) {
     return number;
 }
 
-static inline float total(Vector v) {
-#if defined(__AVX512F__) && FORMWRIGHT_LANES == 16
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    return sum(v);
-#endif
-}
-
-static inline float highest(Vector v) {
-#if defined(__AVX512F__) && FORMWRIGHT_LANES == 16
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float most = v[0];
-    for (int64_t i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
-    return most;
-#endif
-}
-
 // Queries at a time, and vectors of keys or of the output: their sums stay in registers.
 constexpr int64_t rows_together = FORMWRIGHT_LANES == 16 ? 8 : 4;
 constexpr int wide_tile = 2;
-
-static inline int64_t up_to_lanes(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
 // Row j of one head, turned by its position where there is a rotation: x cos + (-upper half, lower half) sin.
 template <class Number>

@@ -9,7 +9,7 @@ Idea     Every query takes a weighted mean of the values, the weights being a so
 Differs  In nothing. A query that may see no key at all gets 0, as torch's scaled_dot_product_attention gives it.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from formwright.contracts import Mask, Structured, dense
 from formwright.errors import FormwrightError
+from formwright.ops.attention import serves, softmax_attention
 
 
 def repeat_heads(x: Float[Tensor, "b g k d"], heads: int) -> Float[Tensor, "b {heads} k d"]:
@@ -48,7 +49,7 @@ def softmax_or_zero(scores: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h q k"
 
 
 class SoftmaxAttention(nn.Module):
-    """Scaled dot-product attention on torch's fused kernel.
+    """Scaled dot-product attention on a fused kernel: torch's, or on a CPU mostly our own.
 
     Args:
         dropout: probability of dropping a weight in training.
@@ -76,6 +77,11 @@ class SoftmaxAttention(nn.Module):
         weights = softmax_or_zero(attention_scores(q, k, mask=mask, bias=bias, scaling=scaling))
         return weights if scale is None else weights * dense(scale).to(weights.dtype)
 
+    def is_native(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Structured | None = None, **rest: Any) -> bool:
+        """Whether our own kernel serves, which sums in float32 whatever the dtype."""
+        dropped = self.training and self.dropout > 0
+        return bias is None and rest.get("scale") is None and not dropped and serves(q, k, v)
+
     def forward(
         self,
         q: Float[Tensor, "b h q d"],
@@ -91,6 +97,8 @@ class SoftmaxAttention(nn.Module):
         if scale is not None:  # no fused kernel multiplies into the weights
             weights = self.weights(q, k, mask=mask, bias=bias, scale=scale, scaling=scaling)
             return F.dropout(weights, dropout) @ repeat_heads(v, q.shape[1])
+        if self.is_native(q, k, v, bias=bias):
+            return softmax_attention(q, k, v, causal=mask.causal, padding=mask.padding, scaling=scaling)
         grouped = k.shape[1] != q.shape[1]
         if bias is None and mask.padding is None and (mask.hides_nothing or mask.queries == mask.keys):
             return F.scaled_dot_product_attention(
