@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from formwright.ops import attention as module
 from formwright.ops.attention import serves, softmax_attention, softmax_attention_reference
@@ -178,9 +179,8 @@ def test_other_dtypes_autocast_transforms_and_traces_are_pytorchs() -> None:
     exported = torch.export.export(Around(), tuple(given))
     assert "scaled_dot_product_attention" in exported.graph_module.code
     torch.testing.assert_close(exported.module()(*given), wanted)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        Around()(*given)
-    assert counter.get_total_flops() > 0
+    with FlopCounterMode(display=False):  # or it would miss what PyTorch does not see
+        assert not serves(*given)
 
 
 @needs_kernels
