@@ -122,6 +122,9 @@ class Stack(nn.Module):
         for module in self.modules():
             if not hasattr(module, "stack"):
                 module.stack = side
+        for place, layer in enumerate(self.layers):
+            for module in layer.modules():
+                module.place = place
 
     @property
     def mixers(self) -> list[nn.Module]:
@@ -262,6 +265,13 @@ class Embeddings(nn.Module):
         return x
 
 
+def _tables(config: TransformerConfig) -> int:
+    """How many embeddings are summed whose scale is the scheme's: of tokens or patches, of types, of places."""
+    position = {} if isinstance(config.position, list) else parse_spec(config.position)
+    learned = position.get("name") == "learned" and position.get("std") is None
+    return 1 + bool(config.type_vocab_size) + learned
+
+
 class TransformerPreTrainedModel(PreTrainedModel):
     """What all share: initialisation by the config's scheme, and the places transformers looks at."""
 
@@ -280,6 +290,17 @@ class TransformerPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Weights by the scheme, then what a scheme decides of a part as a whole (`finish`): transformers hands it no
+        module without weights of its own.
+        """
+        fresh = [module for module in self.modules() if not getattr(module, "_is_hf_initialized", False)]
+        super().initialize_weights()
+        if hasattr(self._scheme, "finish"):
+            for module in fresh:
+                self._scheme.finish(module)
+
     @cached_property
     def _scheme(self) -> Any:
         config = self.config
@@ -292,6 +313,8 @@ class TransformerPreTrainedModel(PreTrainedModel):
             layers=config.num_hidden_layers,
             encoder_layers=0 if config.architecture == "decoder" else config.num_hidden_layers,
             decoder_layers=0 if config.architecture == "encoder" else decoder_layers,
+            dropout=config.dropout,
+            tables=_tables(config),
         )
 
     def set_attn_implementation(self, attn_implementation: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -92,6 +92,13 @@ class _Head(TransformerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    def _read(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What a language model's head reads: times a constant where it shares the embeddings and the initialisation
+        scheme has one.
+        """
+        factor = getattr(self._scheme, "tied_factor", 1.0) if self.config.tie_word_embeddings else 1.0
+        return x if factor == 1 else x * factor
+
     def _output(self, body: TransformerOutput, logits: Tensor, loss: Tensor | None) -> TransformerHeadOutput:
         if loss is not None and self.training and body.extra_losses:
             loss = loss + sum(body.extra_losses.values())
@@ -153,7 +160,8 @@ class TransformerForCausalLM(_Head, Generates, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x = body.last_hidden_state
-        logits = project(self.lm_head, x if isinstance(logits_to_keep, int) and logits_to_keep == 0 else x[:, kept])
+        kept_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        logits = project(self.lm_head, self._read(x if kept_all else x[:, kept]))
         loss = None
         if labels is not None:
             loss = token_loss(logits, F.pad(labels[:, 1:], (0, 1), value=-100))
@@ -231,7 +239,7 @@ class TransformerForConditionalGeneration(_Head, Generates, GenerationMixin):
             return_dict=True,
         )
         x = body.last_hidden_state
-        logits = project(self.lm_head, x[:, -logits_to_keep:] if logits_to_keep else x)
+        logits = project(self.lm_head, self._read(x[:, -logits_to_keep:] if logits_to_keep else x))
         return self._output(body, logits, None if labels is None else token_loss(logits, labels))
 
 
@@ -278,7 +286,7 @@ class TransformerForMaskedLM(_Head):
             output_attentions=output_attentions,
             return_dict=True,
         )
-        logits = project(self.lm_head, self.transform(body.last_hidden_state))
+        logits = project(self.lm_head, self._read(self.transform(body.last_hidden_state)))
         return self._output(body, logits, None if labels is None else token_loss(logits, labels))
 
 

@@ -25,12 +25,13 @@ class Learned(nn.Module):
     Args:
         dim: width of the tokens.
         length: places in the table, the longest sequence.
-        std: standard deviation of the first values (0.02 as in BERT; fan-in initialised vision models want about 1).
+        std: standard deviation of the first values (fan-in initialised vision models want about 1); none = 0.02 as in
+            BERT, or as the model's initialisation scheme sets its embeddings (deepscalelm does).
     """
 
-    def __init__(self, *, dim: int, length: int, std: float = 0.02) -> None:
+    def __init__(self, *, dim: int, length: int, std: float | None = None) -> None:
         super().__init__()
-        if dim < 1 or length < 1 or std < 0:
+        if dim < 1 or length < 1 or (std is not None and std < 0):
             raise FormwrightError(
                 "Learned positions need dim >= 1, length >= 1 and std >= 0, "
                 f"got dim={dim}, length={length} and std={std}."
@@ -40,7 +41,7 @@ class Learned(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        nn.init.normal_(self.weight, std=0.02 if self.std is None else self.std)
 
     def embed(self, x: Float[Tensor, "b n d"], context: Context) -> Float[Tensor, "b n d"]:
         """x plus the rows of the queries' places.
