@@ -17,6 +17,7 @@ needs_kernels = pytest.mark.skipif(module._forward() is None, reason="The native
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch) -> None:
+    monkeypatch.setattr(module, "kernel_is_quicker", lambda: module._forward() is not None)
     monkeypatch.setattr(module, "FEWEST_QUERIES", 0)
     monkeypatch.setattr(module, "LEAST", 0)
     torch.manual_seed(0)
@@ -151,6 +152,13 @@ def test_the_gradients_of_one_projection_lie_side_by_side() -> None:
     starts = [gradient.storage_offset() for gradient in gradients]
     assert starts == [0, 4 * 8, 6 * 8]
     assert {gradient.stride() for gradient in gradients} == {(5 * 8 * 8, 8, 8 * 8, 1)}
+
+
+@needs_kernels
+def test_what_is_broadcast_is_pytorchs() -> None:
+    q, k, v = inputs()
+    assert not serves(q, k[:1], v[:1])
+    assert not serves(q, k, v[:, :, :5])
 
 
 @needs_kernels

@@ -36,6 +36,12 @@ def _backward() -> Callable[..., int] | None:
     return native.function("formwright_softmax_backward", tensors=12, numbers=10)
 
 
+@functools.cache
+def kernel_is_quicker() -> bool:
+    """On this processor: with vectors of four floats PyTorch's is."""
+    return _forward() is not None and not native.describe().endswith("portable")
+
+
 def softmax_attention(
     q: Float[Tensor, "b h q c"],
     k: Float[Tensor, "b g k c"],
@@ -84,9 +90,12 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()  # first: a compiler need not look at the rest
-        and _forward() is not None
+        and kernel_is_quicker()
         and q.dtype in NATIVE
         and all(type(x) is Tensor and x.dtype == q.dtype and x.device.type == "cpu" for x in (q, k, v))
+        and (*k.shape[:2], q.shape[0], q.shape[3]) == (*v.shape[:2], k.shape[0], k.shape[3])  # nothing broadcast
+        and k.shape[2] == v.shape[2]
+        and q.shape[1] % k.shape[1] == 0
         and q.shape[2] >= FEWEST_QUERIES
         and q.numel() * k.shape[2] >= LEAST
         and q.shape[0] * k.shape[1] >= torch.get_num_threads()  # which share them out
@@ -127,7 +136,7 @@ class _Softmax(torch.autograd.Function):
         (b, h, n, _), e = q.shape, v.shape[3]
         out = q.new_empty(b, n, h, e).transpose(1, 2)  # so that the heads of a token lie side by side
         sums = torch.empty(b, h, n)
-        real = None if padding is None else padding.contiguous()
+        real = None if padding is None else padding.expand(b, k.shape[2]).to(torch.bool).contiguous()
         ctx.causal, ctx.scaling = causal, scaling
         _run(_forward(), [q, k, v, out], [sums, real], ctx)
         ctx.save_for_backward(q, k, v, out, sums, real)
