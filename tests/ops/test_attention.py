@@ -17,7 +17,7 @@ needs_kernels = pytest.mark.skipif(module._forward() is None, reason="The native
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch) -> None:
-    monkeypatch.setattr(module, "kernel_is_quicker", lambda: module._forward() is not None)
+    monkeypatch.setattr(module, "served", lambda: () if module._forward() is None else tuple(CLOSE))
     monkeypatch.setattr(module, "FEWEST_QUERIES", 0)
     monkeypatch.setattr(module, "LEAST", 0)
     torch.manual_seed(0)

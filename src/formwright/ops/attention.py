@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from formwright.ops import native
 
-NATIVE = (torch.float32, torch.bfloat16)
 FEWEST_QUERIES = 16  # fewer do not repay that keys and values are laid out for them
 LEAST = 2**18  # multiplications for the scores, from which the call costs less than it saves
 
@@ -37,9 +36,13 @@ def _backward() -> Callable[..., int] | None:
 
 
 @functools.cache
-def kernel_is_quicker() -> bool:
-    """On this processor: with vectors of four floats PyTorch's is."""
-    return _forward() is not None and not native.describe().endswith("portable")
+def served() -> tuple[torch.dtype, ...]:
+    """The dtypes in which the kernel is the quicker on this processor: with vectors of four floats PyTorch's is, and in
+    bfloat16 where there are matrix units for it.
+    """
+    if _forward() is None or native.describe().endswith("portable"):
+        return ()
+    return (torch.float32,) if torch.cpu._is_amx_tile_supported() else (torch.float32, torch.bfloat16)
 
 
 def softmax_attention(
@@ -90,8 +93,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()  # first: a compiler need not look at the rest
-        and kernel_is_quicker()
-        and q.dtype in NATIVE
+        and q.dtype in served()
         and all(type(x) is Tensor and x.dtype == q.dtype and x.device.type == "cpu" for x in (q, k, v))
         and (*k.shape[:2], q.shape[0], q.shape[3]) == (*v.shape[:2], k.shape[0], k.shape[3])  # nothing broadcast
         and k.shape[2] == v.shape[2]
