@@ -24,7 +24,7 @@ from formwright.models.cache import new_cache, refuse_other_caches
 from formwright.models.config import TransformerConfig
 from formwright.models.decoding import decoded
 from formwright.parts import assemble
-from formwright.parts.embedding.patch import PatchEmbedding
+from formwright.parts.embedding.patch import ClassToken, PatchEmbedding
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Stack(nn.Module):
             "heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads,
             "head_dim": config.head_dim or config.hidden_size // config.num_attention_heads,
-            "length": config.max_position_embeddings,
+            "length": config.max_position_embeddings + config.class_token,
             "layers": depth,
             "causal": side == "decoder",
             "vocab": config.vocab_size,
@@ -236,6 +236,7 @@ class Embeddings(nn.Module):
             if config.image_size
             else None
         )
+        self.class_token = ClassToken(dim=config.hidden_size) if config.class_token else None
 
     def forward(
         self,
@@ -251,7 +252,8 @@ class Embeddings(nn.Module):
         if pixel_values is not None:
             if self.patches is None:
                 raise FormwrightError("This model reads ids; for images set image_size in its config.")
-            return self.patches(pixel_values)
+            patches = self.patches(pixel_values)
+            return patches if self.class_token is None else self.class_token(patches)
         if input_ids is not None and self.tokens is None:
             raise FormwrightError("This model reads images; for ids set vocab_size in its config.")
         x = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -390,7 +392,8 @@ class TransformerModel(TransformerPreTrainedModel):
             if decoder_input_ids is not None or encoder_outputs is not None:
                 raise UnsupportedContext("An encoder takes input_ids alone; build an encoder-decoder instead.")
             x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
-            context = self._context(x, attention_mask, position_ids, attentions=attentions)
+            grid = self._grid(pixel_values)
+            context = self._context(x, attention_mask, position_ids, grid=grid, attentions=attentions)
             x = self.encoder(x, context, hidden_states=hidden_states)
             self._check_losses(context)
             return _output(x, context, hidden_states)
@@ -423,7 +426,14 @@ class TransformerModel(TransformerPreTrainedModel):
             refuse_other_caches(_both(past_key_values)[0], self.decoder.mixers, batch=x.shape[0])
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         context = self._context(
-            x, attention_mask, position_ids, past=past, causal=True, attentions=attentions, losses=losses
+            x,
+            attention_mask,
+            position_ids,
+            grid=self._grid(pixel_values) if self.encoder is None else None,
+            past=past,
+            causal=True,
+            attentions=attentions,
+            losses=losses,
         )
         cross = None
         if memory is not None:
@@ -459,7 +469,8 @@ class TransformerModel(TransformerPreTrainedModel):
     ) -> BaseModelOutput:
         """The encoder's side alone: last_hidden_state (b, n, d). Its extra losses go into `losses`."""
         x = self.embeddings(input_ids, token_type_ids, inputs_embeds, pixel_values)
-        context = self._context(x, attention_mask, position_ids, losses=losses)
+        grid = self._grid(pixel_values)
+        context = self._context(x, attention_mask, position_ids, grid=grid, losses=losses)
         return BaseModelOutput(last_hidden_state=self.encoder(x, context))
 
     def _check_losses(self, context: Context) -> None:
@@ -473,12 +484,36 @@ class TransformerModel(TransformerPreTrainedModel):
     def _can_cache(self) -> bool:
         return all(mixer.cache_kind is not None for mixer in self.decoder.mixers)
 
+    def _grid(self, pixel_values: Tensor | None) -> tuple[int, int] | None:
+        """What the parts are told the patches lie on.
+
+        Raises:
+            UnsupportedContext: images of another size than the config's, and parts that only know that size.
+        """
+        patches = self.embeddings.patches
+        if patches is None:
+            return None
+        grid = patches.grid if pixel_values is None else patches.grid_of(pixel_values)
+        if grid != patches.grid:
+            stack = self.encoder or self.decoder
+            positions = [stack.position, *(getattr(mixer, "position", None) for mixer in stack.mixers)]
+            fixed = [one for one in positions if one is not None and not getattr(one, "any_grid", False)]
+            if fixed or not self.config.use_grid:
+                side, patch = self.config.image_size, self.config.patch_size
+                because = f"{type(fixed[0]).__name__} is set to that size" if fixed else "the parts are told no grid"
+                raise UnsupportedContext(
+                    f"The model reads images of {side} x {side}, got {grid[0] * patch} x {grid[1] * patch}: {because}. "
+                    'For any size set use_grid=True with block="cpvt" and position="none", or resize the images.'
+                )
+        return grid if self.config.use_grid else None
+
     def _context(
         self,
         x: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         *,
+        grid: tuple[int, int] | None,
         past: int = 0,
         causal: bool = False,
         attentions: list[Tensor] | None = None,
@@ -486,14 +521,13 @@ class TransformerModel(TransformerPreTrainedModel):
     ) -> Context:
         keys = past + x.shape[1]
         padding = _padding(attention_mask, x.shape[0], keys)
-        patches = self.embeddings.patches
         return Context(
             queries=x.shape[1],
             keys=keys,
             causal=causal,
             padding=padding,
             positions=_positions(position_ids, padding, past, keys, x.device),
-            grid=patches.grid if self.config.use_grid and patches is not None else None,
+            grid=grid,
             losses={} if losses is None else losses,
             attentions=attentions,
             device=x.device,

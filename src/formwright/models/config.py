@@ -34,6 +34,7 @@ class TransformerConfig(PreTrainedConfig):
         init: initialisation scheme.
         image_size, patch_size, num_channels: images instead of ids when image_size > 0.
         use_grid: whether patches lie on a grid for the parts, or count as a sequence, row by row.
+        class_token: whether a learned token stands in front of the patches, for pooling="first" to read.
         embedding_norm: whether a norm follows the embeddings, as in BERT.
         qkv_bias: whether query, key and value projections have biases.
         dropout: of embeddings and of what each sub-layer adds.
@@ -69,6 +70,7 @@ class TransformerConfig(PreTrainedConfig):
     patch_size: int = 4
     num_channels: int = 3
     use_grid: bool = False
+    class_token: bool = False
     embedding_norm: bool = False
     qkv_bias: bool = True
     dropout: float = 0.0
@@ -104,6 +106,11 @@ class TransformerConfig(PreTrainedConfig):
             raise FormwrightError(f"dropout is a probability from 0 to below 1, got {self.dropout}.")
         if self.vocab_size < 1 and self.image_size < 1:
             raise FormwrightError("A Transformer reads ids or images: set vocab_size or image_size.")
+        if self.class_token and (self.image_size < 1 or self.pooling != "first"):
+            raise FormwrightError(
+                'A class token stands in front of an image\'s patches and is what pooling="first" reads; '
+                f"got image_size={self.image_size} and pooling={self.pooling!r}."
+            )
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         self.is_decoder = self.architecture == "decoder"
         super().__post_init__(**kwargs)

@@ -28,10 +28,18 @@ def test_it_equals_vit():
     torch.testing.assert_close(ours(pixels), theirs(pixels))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 6, 6), (2, 3, 8, 6)])
+@pytest.mark.parametrize("shape", [(2, 1, 6, 6), (2, 3, 7, 6), (2, 3, 6, 0)])
 def test_other_images_are_refused(shape):
-    with pytest.raises(FormwrightError, match="3 x 6 x 6"):
+    with pytest.raises(FormwrightError, match="3 channels whose sides are multiples of 2"):
         PatchEmbedding(dim=5, image_size=6, patch_size=2, channels=3)(torch.zeros(shape))
+
+
+def test_images_of_another_size_have_another_grid():
+    patches = PatchEmbedding(dim=5, image_size=6, patch_size=2, channels=3)
+    pixels = torch.randn(2, 3, 8, 4)
+    assert patches.grid_of(pixels) == (4, 2)
+    assert torch.equal(patches(pixels)[:, 2:4], patches(pixels[:, :, 2:4])[:, :2])
+    assert patches.grid == (3, 3)
 
 
 def test_patches_must_tile_the_image():
