@@ -11,6 +11,7 @@ import formwright
 from formwright.build import build
 from formwright.compress.runtime.bytetransformer import PaddingFree, has_holes, padding_free, unpack, word_places
 from formwright.compress.structure import load
+from formwright.compress.surgery import remove_heads, remove_layers
 from formwright.errors import FormwrightError
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -223,3 +224,20 @@ def test_a_sentence_transformer_gives_the_same_embeddings() -> None:
     torch.testing.assert_close(torch.from_numpy(exact.encode(texts)), expected, atol=1e-5, rtol=1e-5)
     rounded = torch.from_numpy(padding_free(half, precision="bfloat16").encode(texts)).float()
     assert torch.cosine_similarity(rounded, expected).min() > 0.9998
+
+
+def test_a_model_that_is_cut_after_a_call_runs_as_cut() -> None:
+    model, given = padding_free(built("bert")), batch([7, 3])
+    answer(model, given)
+    remove_heads(model, {0: [1, 2]})
+    remove_layers(model, [1])
+    plain = copy.deepcopy(model)
+    del plain._modules["executor"]
+    torch.testing.assert_close(answer(model, given), answer(plain, given), atol=1e-5, rtol=1e-5)
+
+
+def test_a_hook_on_a_projection_is_called() -> None:
+    model, given, seen = padding_free(built("bert")), batch([7, 3]), []
+    model.encoder.layer[0].output.dense.register_forward_hook(lambda *call: seen.append(call))
+    answer(model, given)
+    assert len(seen) == 1

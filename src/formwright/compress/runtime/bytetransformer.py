@@ -13,7 +13,8 @@ Differs  Padding places come out as zeros (the padded model leaves there what no
          no longer exact.
 
 The model's own forward takes over where gradients, hidden states, attentions or another than a 2-dimensional mask are
-asked for, and for a text with holes in a family whose attention knows distances (MPNet, ModernBERT).
+asked for, where a hook waits for a linear layer, and for a text with holes in a family whose attention knows distances
+(MPNet, ModernBERT).
 """
 
 import inspect
@@ -83,6 +84,7 @@ class PaddingFree(Executor):
             and not getattr(config, "output_hidden_states", False)
             and not getattr(config, "output_attentions", False)
             and not torch.compiler.is_compiling()
+            and not watches_projections(model)
             and (mask is None or encoders.allows_holes(family_of(model)) or not has_holes(mask.bool()))
         )
 
@@ -98,13 +100,22 @@ class PaddingFree(Executor):
         places, lengths = word_places(real), real.sum(1).cpu()
         hidden = encoders.embed(base, family, given, places)
         longest = int(lengths.max()) if len(lengths) else 0
-        packed = engine.run(hidden, sums(lengths), positions=encoders.positions(base, family, longest, engine.depth))
+        packed = engine.run(hidden, sums(lengths), positions=encoders.positions(base, family, longest))
         return encoders.finish(base, unpack(packed, places, real.shape))
 
 
 def family_of(model: PreTrainedModel) -> str:
     """Of a changed model too."""
     return model.config.model_type.removeprefix(PREFIX)
+
+
+def watches_projections(model: nn.Module) -> bool:
+    """Whether a hook waits for a linear layer, as in calibration: only the model's own forward calls it."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    )
 
 
 def has_holes(real: Bool[Tensor, "b n"]) -> bool:

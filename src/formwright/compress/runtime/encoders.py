@@ -57,13 +57,13 @@ def _places(
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
-def positions(base: PreTrainedModel, family: str, longest: int, layers: int) -> list[Positions] | None:
+def positions(base: PreTrainedModel, family: str, longest: int) -> list[Positions] | None:
     """For each layer; none where the family adds positions to its embeddings alone."""
     place = torch.arange(longest, device=base.device)[None]
     if family == "mpnet":
         empty = torch.empty(1, longest, 0, device=base.device)
         bias = base.encoder.compute_position_bias(empty)[0].detach().float().contiguous()
-        return [Positions(bias=bias)] * layers
+        return [Positions(bias=bias)] * len(base.encoder.layer)
     if family == "modernbert":
         wide = torch.empty(0, device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
         kinds = {

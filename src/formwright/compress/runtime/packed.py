@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from formwright.compress.anatomy import Layer, describe
+from formwright.compress.anatomy import Anatomy, Layer, describe
 from formwright.errors import FormwrightError
 from formwright.ops.varlen import Rotation, add_norm, varlen_attention
 
@@ -80,20 +80,10 @@ class PackedEncoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        anatomy = describe(model)
-        family = anatomy.family  # that of a changed model too
-        served = family in FAMILIES and not getattr(model.config, "is_decoder", False)
-        if not served or any(layer.attention is None or layer.feedforward is None for layer in anatomy.layers):
-            raise FormwrightError(
-                f"Padding-free execution cannot run this {family!r} model: use one of {', '.join(FAMILIES)} whose "
-                "attentions and feed-forwards are its own."
-            )
-        self.norm_first = anatomy.layers[0].norm_first
+        self.norm_first = _anatomy(model).layers[0].norm_first
         self._model = weakref.ref(model)
-        self._layers = tuple(_in_running_order(anatomy.layers))
-        self.depth = len(self._layers)
-        self._final = anatomy.final_norm
-        self._prepared: tuple[list[_PackedLayer], _PackedNorm | None] | None = None
+        self._layers: list[_PackedLayer] = []
+        self._final: _PackedNorm | None = None
         self._watch: _Watch | None = None
 
     @torch.no_grad()
@@ -115,18 +105,31 @@ class PackedEncoder:
                 "Tokens are dropped between layers that normalise after the residual; this model's do so before."
             )
         if self._watch is None or self._watch.changed():
-            model = self._model()
-            assert model is not None
-            self._watch = _Watch(model)
-            made = {path: _PackedLayer(model, layer) for path, layer in {x.path: x for x in self._layers}.items()}
-            final = None if self._final is None else _PackedNorm(model.get_submodule(self._final))
-            self._prepared = [made[layer.path] for layer in self._layers], final
-        assert self._prepared is not None
-        layers, final = self._prepared
-        places = positions or [Positions()] * len(layers)
+            self._lay_out()
+        places = positions or [Positions()] * len(self._layers)
         if self.norm_first:
-            return _pre_norm(layers, final, hidden, cu_seqlens, places)
-        return _post_norm(layers, hidden, cu_seqlens, policy, places)
+            return _pre_norm(self._layers, self._final, hidden, cu_seqlens, places)
+        return _post_norm(self._layers, hidden, cu_seqlens, policy, places)
+
+    def _lay_out(self) -> None:
+        model = self._model()
+        assert model is not None
+        anatomy, self._watch = _anatomy(model), _Watch(model)
+        made = {layer.path: _PackedLayer(model, layer) for layer in anatomy.layers}
+        self._layers = [made[layer.path] for layer in _in_running_order(anatomy.layers)]
+        self._final = None if anatomy.final_norm is None else _PackedNorm(model.get_submodule(anatomy.final_norm))
+
+
+def _anatomy(model: PreTrainedModel) -> Anatomy:
+    anatomy = describe(model)
+    family = anatomy.family  # that of a changed model too
+    served = family in FAMILIES and not getattr(model.config, "is_decoder", False)
+    if not served or any(layer.attention is None or layer.feedforward is None for layer in anatomy.layers):
+        raise FormwrightError(
+            f"Padding-free execution cannot run this {family!r} model: use one of {', '.join(FAMILIES)} whose "
+            "attentions and feed-forwards are its own."
+        )
+    return anatomy
 
 
 _encoders: weakref.WeakKeyDictionary[PreTrainedModel, PackedEncoder] = weakref.WeakKeyDictionary()
