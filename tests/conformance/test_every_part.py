@@ -15,6 +15,9 @@ ELSEWHERE = {
     "embedding": "tests/parts/embedding",
     "modifier": "tests/compress",
     "module": "tests/compress",
+    "cache": "tests/compress/quantize",
+    "tokenizer": "tests/tasks",
+    "search": "tests/training",
 }
 
 PARTS = {p.key: p for p in catalog.provided() if p.slot in (*SLOTS, "init") and defined(p.module, p.attribute)}
