@@ -40,7 +40,7 @@ RULE = (
 SEEDS = (0, 1, 2)
 
 SHARES = (0.3, 0.6, 0.9, 1.0)
-ROUNDS = {"smoke": 2, "full": 15}
+ROUNDS = {"smoke": 2, "full": 9}
 SIZES = {
     "smoke": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "full": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
