@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-AT_ONCE = 1 << 20  # numbers in the y of one step, when they can be so few
+AT_ONCE = 1 << 18  # numbers in the y of one step, when they can be so few
 
 
 def fast_length(least: int) -> int:

@@ -208,6 +208,11 @@ def test_a_decoder_with_a_cache_says_what_it_says_without():
     assert torch.allclose(step.logits[:, 0], full[:, 20], atol=1e-5)
 
 
+@pytest.mark.parametrize(("queries", "keys", "short"), [(1, 10**6, True), (500, 500, True), (1000, 1000, False)])
+def test_weights_are_made_where_that_is_less_work(queries, keys, short):
+    assert nprf_rpe._is_short(Mask(queries=queries, keys=keys), 32, 32) == short
+
+
 def test_bad_options_and_scores_without_a_product_are_refused():
     for wrong in ({"features": 0}, {"head_dim": 0}, {"seed": -1}):
         with pytest.raises(FormwrightError, match="NPRF"):

@@ -14,12 +14,13 @@ Idea     Random features phi make exp(q . k) a product of what queries and keys 
          once, in blocks of orthogonal rows of the lengths that N(0, 1) rows have.
 Differs  b is whatever the layer's position gives: kept as diagonals it goes through the FFT (`rpe` is the paper's), as
          an array, which is n x n already, through the weights. Factors on the weights (urpe) multiply c above the line
-         alone. Up to 128 queries, decoding steps among them, weights are made outright: 128 x n numbers, and faster.
+         alone. Short sequences and decoding steps have their weights made outright, where that is less work.
          Where a query's weight of itself is below e^-3 of the largest of all, the FFT is one in float64. A `scaling` is
          a factor on q . k after normalisation, 1 unless given. The w are drawn for each layer from `seed` and not from
          the model's seed, and not redrawn. features="trigonometric" is the paper's TRF, whose sums can vanish.
 """
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -31,7 +32,7 @@ from formwright.contracts import Hook, Mask, Structured, Toeplitz, dense, refuse
 from formwright.errors import FormwrightError
 from formwright.ops.toeplitz import toeplitz_attend
 
-OUTRIGHT = 128  # queries
+OUTRIGHT = 2.0  # work of an FFT's element against one of a product, measured; below what is fastest, to save memory
 SPREAD = 3.0  # in logarithms of weights; float32 then keeps five digits of a row
 
 
@@ -100,7 +101,8 @@ class NPRF(nn.Module):
         scale: Structured | None = None,
         scaling: float | None = None,
     ) -> Float[Tensor, "b h q e"]:
-        """The weighted means, without an array of q x k unless bias or scale are one. No visible key, no output: 0.
+        """The weighted means; an array of q x k is made only where bias or scale are one, or where it is small. No
+        visible key gives 0.
 
         Raises:
             UnsupportedContext: a scaling that is not above 0.
@@ -111,7 +113,7 @@ class NPRF(nn.Module):
             if mask.padding is not None:
                 wide = wide.masked_fill(~mask.padding[:, None, :, None], 0)
             arrays = any(isinstance(given, Tensor) for given in (bias, scale))
-            attend = materialised if arrays or mask.queries <= OUTRIGHT else by_fft
+            attend = materialised if arrays or _is_short(mask, phi_q.shape[-1], v.shape[-1]) else by_fft
             return attend(phi_q, phi_k, wide, mask=mask, bias=bias, scale=scale).to(v.dtype)
 
     def _features(
@@ -151,6 +153,13 @@ def _phi(x: Tensor, w: Tensor, kernel: str) -> tuple[Tensor, Tensor | float]:
     if kernel == "positive":
         return turned - half, root
     return half.expand(*turned.shape[:-1], 2 * len(w)), torch.cat([turned.sin(), turned.cos()], -1) * root
+
+
+def _is_short(mask: Mask, features: int, width: int) -> bool:
+    """Whether the weights are less work than the transforms: at 32 features and channels, up to 600 tokens."""
+    tokens = mask.queries + mask.keys
+    transforms = features * (width + 1) * tokens * math.log2(tokens)
+    return mask.queries * mask.keys * (features + width + 8) <= OUTRIGHT * transforms
 
 
 def materialised(
