@@ -4,10 +4,11 @@ accuracy.
 Paper  Abstract: ahead of other single-forward-pass methods in accuracy, calibration and out-of-distribution detection
        on standard vision benchmarks.
 Here   digits, a vision Transformer of 4 layers and width 64 on patches of 2 x 2. It is trained on the classes 0 to 7
-       for 300 steps; 8 and 9, uniform noise and its own test images at three times the contrast are unknown to it.
+       for 300 steps, on three tenths of their images, for with all of them nothing is left to calibrate; 8 and 9,
+       uniform noise and its own test images at three times the contrast are unknown to it.
 Fair   Softmax, L2 and LRFormer attention share data, order, steps, scheme and rates; each is judged at its own best
-       rate by the loss on validation images, LRFormer's alpha (10, 50, 100) likewise, which gives it three times the
-       choice. Unknown inputs choose nothing.
+       of five rates by the loss on the other seven tenths, LRFormer's alpha (10, 50, 100) likewise, which gives it
+       three times the choice. Unknown inputs choose nothing.
 Rule   ece in 15 bins, auroc of 1 - the largest probability against 8 and 9.
        holds                in every seed LRFormer's accuracy is at most 0.01 below softmax's, its ece lower and its
                             auroc higher
@@ -37,7 +38,7 @@ RULE = (
     "ece in 15 bins, auroc of 1 - the largest probability against 8 and 9; holds: in every seed LRFormer's accuracy is "
     "at most 0.01 below softmax's, its ece lower and its auroc higher; holds in direction: so are the means."
 )
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2, 3)
 
 KNOWN = 8  # classes 0 to 7
 ARMS = {
@@ -45,7 +46,7 @@ ARMS = {
     "softmax": ("softmax",),
     "l2": ("l2",),
 }
-RATES = {"smoke": (2e-3,), "full": (1e-3, 2e-3, 4e-3)}
+RATES = {"smoke": (2e-3,), "full": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)}
 STEPS = {"smoke": 2, "full": 300}
 LAYERS = {"smoke": 2, "full": 4}
 ALLOWED = 0.01
@@ -63,14 +64,14 @@ def run(scale: Scale, seed: int) -> Outcome:
 
 
 def known_digits(seed: int) -> tuple[Task, dict[str, Tensor]]:
-    """The task without 8 and 9, a fifth of its training images set aside, and inputs of other kinds."""
+    """The task without 8 and 9, seven tenths of its training images set aside, and inputs of other kinds."""
     whole = tasks.load("digits(patch_size=2)")
     rows = {name: getattr(whole, name).columns for name in ("train", "test")}
     kept = {
         name: Columns(**{key: column[columns["labels"] < KNOWN] for key, column in columns.items()})
         for name, columns in rows.items()
     }
-    train, validation = hold_out(kept["train"], 0.2)
+    train, validation = hold_out(kept["train"], 0.7)
     task = replace(
         whole,
         name="digits-0-to-7",
