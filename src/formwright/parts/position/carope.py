@@ -136,5 +136,8 @@ class CARoPE(nn.Module):
         if context.positions is None:
             places = torch.ones(1, n, dtype=torch.long, device=context.device)
         else:
-            places = F.pad(context.positions, (1, 0), value=-1).diff(dim=-1)[:, -n:]
+            reached = context.positions
+            if context.padding is not None:  # a pad stands where the last real token before it does
+                reached = torch.where(context.padding, reached, -1).cummax(-1).values
+            places = F.pad(reached, (1, 0), value=-1).diff(dim=-1)[:, -n:]
         return places if context.real is None else places * context.real
