@@ -5,7 +5,8 @@ Paper  Abstract: ahead of other single-forward-pass methods in accuracy, calibra
        on standard vision benchmarks.
 Here   digits, a vision Transformer of 4 layers and width 64 on patches of 2 x 2. It is trained on the classes 0 to 7
        for 300 steps, on three tenths of their images, for with all of them nothing is left to calibrate; 8 and 9,
-       uniform noise and its own test images at three times the contrast are unknown to it.
+       uniform noise and its own test images at three times the contrast are unknown to it. A first design, on eight
+       tenths of the images, was seen on a seed that is not among these: all were near 0.998 accurate, none ahead.
 Fair   Softmax, L2 and LRFormer attention share data, order, steps, scheme and rates; each is judged at its own best
        of five rates by the loss on the other seven tenths, LRFormer's alpha (10, 50, 100) likewise, which gives it
        three times the choice. Unknown inputs choose nothing.
