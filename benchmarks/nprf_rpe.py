@@ -7,12 +7,12 @@
     softmax         the same function without any bias, which it fuses: the fastest it can be
 
 A forward pass and a training step (forward and backward, the bias learning), one thread, milliseconds of processor
-time, so that other programs on the machine count less. NPRF is by FFT at all lengths, also where it would choose to make
-its weights outright. Memory is the most bytes alive at once in a step, counted storage by storage, what was there before
-not counted; inside one fused call nothing is seen. Softmax with its array is left out where the step would need more
-than --most gigabytes. Exponents are the slope of the logarithms, by least squares over all lengths and between the last
-two. "crosses" is the length, between two measured ones and on a straight line of the logarithms, from which NPRF is the
-lower.
+time, so that other programs on the machine count less. NPRF is by FFT at all lengths, also where it would choose to
+make its weights outright. Memory is the most bytes alive at once in a step, counted storage by storage, what was there
+before not counted; inside one fused call nothing is seen. Softmax with its array is left out where the step would need
+more than --most gigabytes. Exponents are the slope of the logarithms, by least squares over all lengths and between the
+last two. "crosses" is the length, between two measured ones and on a straight line of the logarithms, from which NPRF
+is the lower.
 """
 
 import argparse

@@ -5,7 +5,8 @@ Paper  ImageNet-1k at 224 x 224, as remembered: CPVT-Ti-GAP 74.9 against 72.2 of
        without positions. At 288 to 384 pixels without training there CPVT-Ti gains, DeiT-Ti, its table interpolated,
        loses: in direction; the figures are not recalled exactly.
 Here   Handwritten digits, 8 x 8 pixels enlarged to 16 x 16, in 8 x 8 patches; four layers of width 32. Read at 16 x 16
-       and at 24 x 24 pixels, 12 x 12 patches.
+       and at 24 x 24 pixels, 12 x 12 patches. Without the paper's augmentations, random scale among them: no arm has
+       seen strokes of another width than those of training.
 Fair   PEG, learned positions (of the scale that suits small images), sinusoids over both axes and no position share
        data, order, steps, pooling (the mean) and learning rates; each is read at the rate that is best for it on
        validation images at 16 x 16. For 24 x 24 learned positions are interpolated bicubically, as DeiT's are.
