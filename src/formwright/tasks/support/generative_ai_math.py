@@ -224,7 +224,7 @@ def _logarithms(counts: Counter[str]) -> dict[str, float]:
     return {piece: math.log(count) - total for piece, count in sorted(counts.items())}
 
 
-def _cutter() -> Any:
+def cutter() -> Any:
     """Words with the white space that ends them, as byte symbols."""
     from tokenizers import Regex, pre_tokenizers
 
@@ -244,14 +244,14 @@ def sub_words(texts: Iterable[str], vocab: int, special: tuple[str, ...] = (), *
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    cutter, counts = _cutter(), Counter()
+    cut, counts = cutter(), Counter()
     for text in texts:
-        counts.update(word for word, _ in cutter.pre_tokenize_str(text))
+        counts.update(word for word, _ in cut.pre_tokenize_str(text))
     learnt = learn(counts, vocab - len(special), characters=pre_tokenizers.ByteLevel.alphabet(), rounds=rounds)
     ranked = heapq.nlargest(len(learnt.scores), learnt.scores.items(), key=lambda item: (item[1], item[0]))
     # Special tokens come first, as in byte_pairs; no text can hold them by chance of a score.
     tokenizer = Tokenizer(models.Unigram([*((token, -1e9) for token in special), *ranked]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = cutter, decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
