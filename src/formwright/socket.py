@@ -188,7 +188,7 @@ def register(spec: Spec, *, slug: str | None = None) -> str:
         raise FormwrightError(
             f"{name} is registered as {_registered[name]}, and models may be using it: give slug=... for {text}."
         )
-    attention = build("attention", spec)
+    attention = build("attention", spec).eval()  # what draws at random in training does not
     if any(True for _ in attention.parameters()):
         raise FormwrightError(
             f"{text} has parameters, and a Hugging Face model has no place for them; "
