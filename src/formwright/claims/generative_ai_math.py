@@ -237,7 +237,8 @@ CLAIMS = (
     ),
     _claim(
         "A cross-entropy search finds hyper-parameters no worse than as many draws by chance.",
-        "validation loss under fresh seeds; holds: in every seed no higher than chance's; in direction: on the mean.",
+        "validation loss under fresh seeds; holds: in every seed no higher than chance's; holds in direction: on the "
+        "mean.",
         "search",
         ("cross-entropy", "chance"),
         _found,
@@ -245,7 +246,7 @@ CLAIMS = (
     ),
     _claim(
         "Beyond the training length a harmonic penalty degrades less than RoPE alone and more than ALiBi.",
-        "nats a byte at 512 after training at 64; holds: in every seed RoPE > harmonic > ALiBi; in direction: the "
+        "nats a byte at 512 after training at 64; holds: in every seed RoPE > harmonic > ALiBi; holds in direction: the "
         "harmonic's mean is below RoPE's.",
         "position",
         POSITIONS,
@@ -254,8 +255,8 @@ CLAIMS = (
     ),
     _claim(
         "Attention over blocks drawn by their distance is faster than full attention.",
-        "time of the fused full attention over ours at 4,096 tokens; holds: at least 2 in every seed; in direction: "
-        "above 1 on the mean.",
+        "time of the fused full attention over ours at 4,096 tokens; holds: at least 2 in every seed; holds in "
+        "direction: above 1 on the mean.",
         "blocks",
         (*SPEEDS, *CEILINGS),
         lambda row: row["blocks: speed at the longest"] >= 2,
@@ -263,8 +264,8 @@ CLAIMS = (
     ),
     _claim(
         "A key-value cache in stairs has nearly the bytes of 2 bits a number and degrades less.",
-        "holds: in every seed at most 1.5 times the 2-bit cache's bytes and a loss nearer to the 4-bit cache's; in "
-        "direction: a mean loss below the 2-bit's.",
+        "holds: in every seed at most 1.5 times the 2-bit cache's bytes and a loss nearer to the 4-bit cache's; holds "
+        "in direction: a mean loss below the 2-bit's.",
         "cache",
         CACHES,
         _gradual,

@@ -163,10 +163,12 @@ def test_features_are_orthogonal_in_blocks_and_drawn_for_each_layer():
 def test_nothing_of_n_by_n_is_stored():
     from formwright.conformance.growth import cost
 
+    torch.manual_seed(0)
     n, peaks = 2048, []
     for length in (n // 2, n):
         q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
-        b = Toeplitz(torch.randn(1, 2 * length - 1, requires_grad=True), length)
+        flat = 0.1 * torch.randn(1, 2 * length - 1)  # a steep one is summed in float64, at either length or at both
+        b = Toeplitz(flat.requires_grad_(), length)
         mask = Mask(queries=length, keys=length, causal=True)
         peaks.append(cost(lambda q=q, k=k, v=v, b=b, m=mask: NPRF(head_dim=8)(q, k, v, mask=m, bias=b), q, k, v)[1])
     assert peaks[1] < 2.3 * peaks[0]
