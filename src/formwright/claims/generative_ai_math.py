@@ -246,8 +246,8 @@ CLAIMS = (
     ),
     _claim(
         "Beyond the training length a harmonic penalty degrades less than RoPE alone and more than ALiBi.",
-        "nats a byte at 512 after training at 64; holds: in every seed RoPE > harmonic > ALiBi; holds in direction: the "
-        "harmonic's mean is below RoPE's.",
+        "nats a byte at 512 after training at 64; holds: in every seed RoPE > harmonic > ALiBi; holds in "
+        "direction: the harmonic's mean is below RoPE's.",
         "position",
         POSITIONS,
         _ordered,

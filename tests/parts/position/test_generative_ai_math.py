@@ -104,9 +104,7 @@ def test_other_distances_are_refused(hook, facts):
         ours.bias(context) if hook == "bias" else ours.rotate(q, q, context)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"steepness": -1.0}, {"steepness": math.inf}, {"heads": 0}, {"head_dim": 7}]
-)
+@pytest.mark.parametrize("wrong", [{"steepness": -1.0}, {"steepness": math.inf}, {"heads": 0}, {"head_dim": 7}])
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(FormwrightError):
         HarmonicRoPE(**{"heads": 2, "head_dim": 8} | wrong)
