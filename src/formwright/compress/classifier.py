@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from formwright.compress.runtime import encoders
-from formwright.compress.runtime.packed import runs_packed, sums
+from formwright.compress.runtime.packed import runs_packed, sums, watches_projections
 from formwright.compress.structure import PREFIX
 from formwright.errors import FormwrightError
 
@@ -66,7 +66,9 @@ class Classifier:
     def packs(self, inputs: dict[str, Any]) -> bool:
         """Whether a call can run on real tokens alone: nobody asks for gradients, and the layers are the family's."""
         asked = torch.is_grad_enabled() or self.model.training or inputs.get("inputs_embeds") is not None
-        return not asked and torch.is_tensor(inputs.get("input_ids")) and runs_packed(self.base)
+        if asked or watches_projections(self.base):
+            return False
+        return torch.is_tensor(inputs.get("input_ids")) and runs_packed(self.base)
 
     def packed(self, **inputs: Tensor) -> tuple[Float[Tensor, "t d"], Int[Tensor, " s"]]:
         """What the first layer reads of the real tokens, one text after the other, and where texts begin."""

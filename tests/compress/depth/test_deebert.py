@@ -319,3 +319,11 @@ def test_layers_removed_afterwards_are_an_error_and_no_wrong_ramp():
     del model.bert.encoder.layer[1]
     with pytest.raises(FormwrightError, match="before deebert"):
         model(**rows())
+
+
+@torch.no_grad()
+def test_a_hook_on_a_projection_is_called():
+    model, seen = ramped(), []
+    model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *call: seen.append(call))
+    model(**rows())
+    assert len(seen) == 1

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from formwright.compress.modifier import Modifier
 from formwright.compress.runtime import encoders
-from formwright.compress.runtime.packed import PackedEncoder, packed_encoder, sums
+from formwright.compress.runtime.packed import PackedEncoder, packed_encoder, sums, watches_projections
 from formwright.compress.structure import PREFIX, Executor, attach
 from formwright.errors import FormwrightError
 
@@ -107,15 +107,6 @@ class PaddingFree(Executor):
 def family_of(model: PreTrainedModel) -> str:
     """Of a changed model too."""
     return model.config.model_type.removeprefix(PREFIX)
-
-
-def watches_projections(model: nn.Module) -> bool:
-    """Whether a hook waits for a linear layer, as in calibration: only the model's own forward calls it."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    )
 
 
 def has_holes(real: Bool[Tensor, "b n"]) -> bool:

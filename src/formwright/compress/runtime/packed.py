@@ -151,6 +151,15 @@ def runs_packed(model: PreTrainedModel) -> bool:
     return True
 
 
+def watches_projections(model: nn.Module) -> bool:
+    """Whether a hook waits for a linear layer, as in calibration: only the model's own forward calls it."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
 def _in_running_order(layers: Sequence[Layer]) -> Iterable[Layer]:
     """Layers that are shared come as often as they run, those of one group together."""
     groups: dict[str, list[Layer]] = {}
