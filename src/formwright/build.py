@@ -20,12 +20,12 @@ Spec = str | Mapping[str, Any]
 SPEC = re.compile(r"\s*(?P<name>[\w./-]+)\s*(?:\((?P<options>.*)\))?\s*", re.DOTALL)
 
 
-def split_list(text: str) -> list[str]:
-    """Split at the commas outside brackets: "a,b(x=1,y=2)" -> ["a", "b(x=1,y=2)"]."""
+def split_list(text: str, at: str = ",") -> list[str]:
+    """Split at the commas (or another character) outside brackets: "a,b(x=1,y=2)" -> ["a", "b(x=1,y=2)"]."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
+        if character == at and depth == 0:
             parts.append(text[start:i].strip())
             start = i + 1
     return [part for part in [*parts, text[start:].strip()] if part]

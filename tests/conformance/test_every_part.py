@@ -14,6 +14,7 @@ ELSEWHERE = {
     "model": "tests/models",
     "embedding": "tests/parts/embedding",
     "modifier": "tests/compress",
+    "training": "tests/training",
     "module": "tests/compress",
     "cache": "tests/compress/quantize",
     "tokenizer": "tests/tasks",

@@ -1,6 +1,7 @@
 """A small run that tests compare: in this process, in one that is killed, and in two at once.
 
 python worker.py FOLDER killed        trains until step 25 of 40, then ends as kill -9 ends it
+python worker.py FOLDER counted       the same, with a training method that counts steps
 torchrun ... worker.py FOLDER both    trains in as many processes as there are; the first writes losses.json
 """
 
@@ -14,7 +15,7 @@ import torch
 
 from formwright.models.transformer import TransformerConfig, TransformerForTokenClassification
 from formwright.tasks.base import IGNORED, Columns, Defaults, Task, cells_and_wholes, score_cells
-from formwright.training import History, Settings, fit, seeded
+from formwright.training import History, Method, Settings, fit, seeded
 
 # 100 rows make 12 batches of 8 an epoch: 40 steps end in the fourth. The rows' scored cells differ in number.
 SETTINGS = Settings(steps=40, batch_size=8, learning_rate=1e-2, save_every=10, seed=3)
@@ -64,9 +65,26 @@ def killed(step: int, _steps: int, _loss: float) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Counting(Method):
+    """How many steps there were, and the sum of their numbers."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(2, dtype=torch.int64)
+
+    def stepped(self, model: torch.nn.Module, step: int) -> None:  # noqa: ARG002
+        self.seen += torch.tensor([1, step])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"seen": self.seen}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        self.seen = state["seen"]
+
+
 def main(folder: Path, what: str) -> None:
-    if what == "killed":
-        fit(small(), ragged(), SETTINGS, folder=folder, progress=killed)
+    if what in ("killed", "counted"):
+        methods = [Counting()] if what == "counted" else []
+        fit(small(), ragged(), SETTINGS, folder=folder, progress=killed, methods=methods)
         return
     # without dropout, whose noise each process draws for itself
     model = small(dropout=0.0)

@@ -268,7 +268,7 @@ def _value(name: str, value: Any) -> Any:
         raise FormwrightError("save_every has no use here: a comparison resumes from finished trials.")
     if name not in known:
         _check_field(name, known)
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(getattr(Settings, name, None), str):  # whose "none" is a word
         value = parse_spec(f"x(x={value})")["x"]
     if name in known:
         return _setting(name, value)

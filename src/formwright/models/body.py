@@ -3,7 +3,7 @@
 ids or pixels -> tokens (+ type, + position) (norm) -> blocks of mixer, cross-attention, feed-forward (norm)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +18,14 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from formwright.build import build, parse_spec
-from formwright.contracts import SCORE_HOOKS, Context, UnsupportedContext, hooks, scope
+from formwright.contracts import SCORE_HOOKS, Context, NormFactory, UnsupportedContext, hooks, scope
 from formwright.errors import FormwrightError
 from formwright.models.cache import new_cache, refuse_other_caches
 from formwright.models.config import TransformerConfig
 from formwright.models.decoding import decoded
 from formwright.parts import assemble
 from formwright.parts.embedding.patch import ClassToken, PatchEmbedding
+from formwright.parts.sharing.subformer import ADAPTER_DROPOUT, Adapter, Narrowed, Sharing, shared_names, tie
 
 
 @dataclass
@@ -86,18 +87,27 @@ class Stack(nn.Module):
         def norm(width: int) -> nn.Module:
             return build("norm", config.norm, dim=width)
 
-        self.embedding_norm = norm(config.hidden_size) if config.embedding_norm else None
+        self.embedding_norm = norm(config.embedding_size) if config.embedding_norm else None
+        self.lift = _lift(config, known, norm)
+        sharing = _sharing(config, known)
         layers, scored = [], False
         for layer in range(depth):
             known["layer"] = layer
-            own = None if self.position is not None else _own_position(config, known)
-            mixer = assemble.mixer(config.layer_spec("mixer", layer), position=own, qkv_bias=config.qkv_bias, **known)
+            wide = sharing is not None and sharing.wide(layer, depth)
+            sizes = known | _wide_sizes(sharing) if wide else known
+            on_scores = bool(hooks(self.position) & SCORE_HOOKS)
+            own = _own_position(config, sizes) if self.position is None or (wide and on_scores) else None
+            mixer = assemble.mixer(config.layer_spec("mixer", layer), position=own, qkv_bias=config.qkv_bias, **sizes)
             cross = assemble.mixer(config.cross_mixer, qkv_bias=config.qkv_bias, **known) if crossed else None
             if cross is not None:
                 for module in cross.modules():
                     module.stack = "cross"
+                if wide:
+                    cross = Narrowed(cross, dim=config.hidden_size, width=sharing.width, norm=norm)
             feedforward = assemble.feedforward(
-                config.layer_spec("feedforward", layer), hidden=config.intermediate_size, **known
+                config.layer_spec("feedforward", layer),
+                hidden=(sharing.hidden if wide else None) or config.intermediate_size,
+                **sizes,
             )
             block = build(
                 "block",
@@ -107,7 +117,7 @@ class Stack(nn.Module):
                 cross=cross,
                 norm=norm,
                 dropout=config.dropout,
-                **known,
+                **sizes,
             )
             needed = (hooks(self.position) | hooks(own)) & SCORE_HOOKS
             scored = scored or bool(needed)
@@ -118,6 +128,10 @@ class Stack(nn.Module):
                 f"No mixer of {config.mixer!r} uses the position {config.position!r}: it works on attention scores. "
                 "Choose a position that is added to the tokens, such as sinusoidal or learned, or none."
             )
+        self.adapters = nn.ModuleDict()  # before the first of the wide layers, and before the first behind them
+        if sharing is not None and sharing.width is not None:
+            for place, (dim, width) in ((1, (config.hidden_size, sharing.width)), (depth - 1, (sharing.width, config.hidden_size))):
+                self.adapters[str(place)] = Adapter(dim=dim, width=width, norm=norm, dropout=ADAPTER_DROPOUT)
         self.norm = norm(config.hidden_size) if layers[-1].block.final_norm else None
         for module in self.modules():
             if not hasattr(module, "stack"):
@@ -125,10 +139,20 @@ class Stack(nn.Module):
         for place, layer in enumerate(self.layers):
             for module in layer.modules():
                 module.place = place
+        if sharing is not None:
+            names = shared_names(self.layers, sharing.owners(depth))
+            tie(self.layers, names)
+            # where transformers looks for what it saves once and ties again
+            self._tied_weights_keys = {f"layers.{name}": f"layers.{owner}" for name, owner in names.items()}
+            self.all_tied_weights_keys = self._tied_weights_keys
 
     @property
     def mixers(self) -> list[nn.Module]:
-        return [layer.block.mixer for layer in self.layers]
+        """Those of the layers, and behind them the one that lifts the embeddings, where there is one: as a cache has
+        them.
+        """
+        lifting = [] if self.lift is None or self.lift.mixer is None else [self.lift.mixer]
+        return [layer.block.mixer for layer in self.layers] + lifting
 
     def checkpointed(self, *, reentrant: bool = False) -> bool:
         """Whether layers run again in the backward pass, with `reentrant` in torch's older way."""
@@ -147,13 +171,20 @@ class Stack(nn.Module):
         hidden_states: list[Tensor] | None = None,
     ) -> Float[Tensor, "b n d"]:
         own_cache, cross_cache = _both(cache)
+        if self.lift is not None and self.lift.scale != 1:
+            x = x * self.lift.scale
         if self.position is not None and hasattr(self.position, "embed"):
             x = self.position.embed(x, context)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
+        if self.lift is not None:
+            lifting = None if own_cache is None or self.lift.mixer is None else own_cache.layers[len(self.layers)]
+            x = self.lift(x, replace(context.at_layer(cache=lifting), attentions=None))
         for i, layer in enumerate(self.layers):
+            if str(i) in self.adapters:
+                x = self.adapters[str(i)](x)
             if hidden_states is not None:
                 hidden_states.append(x)
             here = context.at_layer(
@@ -173,11 +204,41 @@ class Stack(nn.Module):
         return x
 
 
+def _sharing(config: TransformerConfig, known: dict[str, Any]) -> Sharing | None:
+    return None if parse_spec(config.sharing)["name"] == "none" else build("sharing", config.sharing, **known)
+
+
+def _wide_sizes(sharing: Sharing) -> dict[str, Any]:
+    """What a layer between knows otherwise when it is wider."""
+    return {"dim": sharing.width, "heads": sharing.heads, "head_dim": sharing.width // sharing.heads}
+
+
+def _lift(config: TransformerConfig, known: dict[str, Any], norm: NormFactory) -> nn.Module | None:
+    """What takes narrow embeddings to the width of the layers."""
+    if parse_spec(config.embedding)["name"] == "none":
+        return None
+
+    def make_position(heads: int, head_dim: int) -> nn.Module | None:
+        """A position on scores, as the layers have it; one that is added to the tokens is added before the lift."""
+        spec = config.layer_spec("position", 0)
+        if parse_spec(spec)["name"] == "none":
+            return None
+        sizes = {"dim": config.embedding_size, "heads": heads, "kv_heads": None, "head_dim": head_dim, "layer": 0}
+        position = build("position", spec, **known | sizes)
+        return position if hooks(position) & SCORE_HOOKS else None
+
+    return build("embedding", config.embedding, norm=norm, make_position=make_position, dropout=config.dropout, **known)
+
+
 def _shared_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module | None:
-    """The one position of all layers; none when there is no position or each layer has its own."""
+    """The one position of all layers; none when there is no position or each layer has its own. One that is added to
+    the tokens is as wide as they are.
+    """
     if isinstance(config.position, list) or parse_spec(config.position)["name"] == "none":
         return None
     position = build("position", config.position, **known)
+    if "embed" in hooks(position) and config.embedding_size != config.hidden_size:
+        position = build("position", config.position, **known | {"dim": config.embedding_size})
     return position if scope(position) == "model" else None
 
 
@@ -224,8 +285,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size) if config.vocab_size else None
-        self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        width = config.embedding_size
+        self.tokens = nn.Embedding(config.vocab_size, width) if config.vocab_size else None
+        self.types = nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         self.patches = (
             PatchEmbedding(
                 dim=config.hidden_size,

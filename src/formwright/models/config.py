@@ -4,7 +4,7 @@ from typing import Any, ClassVar, no_type_check
 
 from transformers import PreTrainedConfig
 
-from formwright.build import Spec
+from formwright.build import Spec, parse_spec
 from formwright.errors import FormwrightError
 
 ARCHITECTURES = ("encoder", "decoder", "encoder-decoder")
@@ -31,6 +31,8 @@ class TransformerConfig(PreTrainedConfig):
         slot empty).
         cross_mixer: the mixer that reads the encoder's output.
         cross_position: the position of that mixer, one for all layers, such as "t5"; T5 itself has none there.
+        embedding: how narrow token embeddings are lifted to hidden_size, such as "safe(rank=64)"; none = they are as wide.
+        sharing: which layers use the same matrices, such as "sandwich"; none = each its own.
         init: initialisation scheme.
         image_size, patch_size, num_channels: images instead of ids when image_size > 0.
         use_grid: whether patches lie on a grid for the parts, or count as a sequence, row by row.
@@ -65,6 +67,8 @@ class TransformerConfig(PreTrainedConfig):
     block: str | dict | list = "pre"
     cross_mixer: str | dict = "softmax"
     cross_position: str | dict = "none"
+    embedding: str | dict = "none"
+    sharing: str | dict = "none"
     init: str | dict = "normal"
     image_size: int = 0
     patch_size: int = 4
@@ -111,9 +115,21 @@ class TransformerConfig(PreTrainedConfig):
                 'A class token stands in front of an image\'s patches and is what pooling="first" reads; '
                 f"got image_size={self.image_size} and pooling={self.pooling!r}."
             )
+        if parse_spec(self.embedding)["name"] != "none":
+            if self.vocab_size < 1 or self.image_size:
+                raise FormwrightError(
+                    f"embedding={self.embedding!r} narrows a table of tokens, and this model reads images: leave it out."
+                )
+            if not isinstance(parse_spec(self.embedding).get("rank"), int):
+                raise FormwrightError(f"embedding={self.embedding!r} needs the width of its table: rank=...")
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         self.is_decoder = self.architecture == "decoder"
         super().__post_init__(**kwargs)
+
+    @property
+    def embedding_size(self) -> int:
+        """The width of the token table."""
+        return int(parse_spec(self.embedding).get("rank", self.hidden_size))
 
     def layer_spec(self, slot: str, layer: int) -> Spec:
         """The spec of one layer: a list repeats over the layers."""

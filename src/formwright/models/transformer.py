@@ -81,6 +81,15 @@ class _Head(TransformerPreTrainedModel):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.model = TransformerModel(config)
+        self.lower: nn.Linear | None = None
+
+    def _add_language_head(self) -> None:
+        """`lm_head`; where it is tied to narrow embeddings, `lower` comes before it."""
+        config, width = self.config, self.config.hidden_size
+        if config.tie_word_embeddings and config.embedding_size != width:
+            width = config.embedding_size
+            self.lower = nn.Linear(config.hidden_size, width)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=config.lm_head_bias)
 
     @property
     def main_input_name(self) -> str:
@@ -93,9 +102,10 @@ class _Head(TransformerPreTrainedModel):
         self.model.set_input_embeddings(value)
 
     def _read(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """What a language model's head reads: times a constant where it shares the embeddings and the initialisation
-        scheme has one.
+        """What a language model's head reads: at the width of the embeddings it is tied to, times a constant where the
+        initialisation scheme has one.
         """
+        x = x if self.lower is None else project(self.lower, x)
         factor = getattr(self._scheme, "tied_factor", 1.0) if self.config.tie_word_embeddings else 1.0
         return x if factor == 1 else x * factor
 
@@ -128,7 +138,7 @@ class TransformerForCausalLM(_Head, Generates, GenerationMixin):
         if config.architecture != "decoder":
             raise FormwrightError(f"A causal language model is a decoder, got architecture={config.architecture!r}.")
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self._add_language_head()
         self.post_init()
 
     @can_return_tuple
@@ -181,7 +191,7 @@ class TransformerForConditionalGeneration(_Head, Generates, GenerationMixin):
                 f"A sequence-to-sequence model is an encoder-decoder, got architecture={config.architecture!r}."
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self._add_language_head()
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
@@ -261,7 +271,7 @@ class TransformerForMaskedLM(_Head):
             if config.head_transform
             else nn.Identity()
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self._add_language_head()
         self.post_init()
 
     @can_return_tuple

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from formwright.training.evaluation import Evaluation, Trainable, evaluate
     from formwright.training.items import Items
     from formwright.training.loop import History, Progress, fit, seeded
+    from formwright.training.method import Method, Pass
 
 # What needs torch is imported when it is asked for: reading settings must stay cheap.
 _LATER = {
@@ -20,12 +21,16 @@ _LATER = {
     "Progress": "loop",
     "fit": "loop",
     "seeded": "loop",
+    "Method": "method",
+    "Pass": "method",
 }
 
 __all__ = [
     "Evaluation",
     "History",
     "Items",
+    "Method",
+    "Pass",
     "Precision",
     "Progress",
     "Schedule",

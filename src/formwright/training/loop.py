@@ -7,9 +7,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from formwright.errors import FormwrightError, require
 from formwright.training.evaluation import Trainable, evaluate
+from formwright.training.method import Method, methods_of, prepared
 from formwright.training.precision import attention_in_float32
 from formwright.training.settings import Settings
 
@@ -64,6 +66,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = True,
     progress: Progress | None = None,
+    methods: Sequence[Method] = (),
 ) -> History:
     """Train a model in place, on the device it is on, and in all processes that torchrun or accelerate started.
 
@@ -74,11 +77,12 @@ def fit(
         folder: where checkpoints go while the run lasts (with `settings.save_every`); they are deleted at its end.
         resume: go on from the newest checkpoint in the folder; False starts over.
         progress: called about fifty times with step, steps and the step's loss.
+        methods: training methods beside those that `settings.methods` names, and behind them.
 
     Raises:
         FormwrightError: the training rows are fewer than a batch, the batch does not divide among the processes, a
-            checkpoint of other settings lies in the folder, `save_every` comes without a folder, or the loss is no
-            number any more.
+            checkpoint of other settings lies in the folder, `save_every` comes without a folder, a method does not suit
+            the model, or the loss is no number any more.
     """
     require("accelerate", extra="train")
     if settings.save_every and folder is None:
@@ -88,12 +92,14 @@ def fit(
             f"{task.name} has {len(task.train)} training rows, fewer than one batch of {settings.batch_size}: "
             f"choose batch_size {len(task.train)} or less."
         )
-    if folder is None:
-        with tempfile.TemporaryDirectory() as nowhere:
-            return _run(model, task, settings, Path(nowhere), None, progress)
-    saved = Path(folder) / SAVED
-    checkpoint = newest(saved, settings, resume=resume)
-    history = _run(model, task, settings, saved, checkpoint, progress)
+    methods = [*methods_of(settings), *methods]
+    with prepared(methods, model, task, settings):
+        if folder is None:
+            with tempfile.TemporaryDirectory() as nowhere:
+                return _run(model, task, settings, methods, Path(nowhere), None, progress)
+        saved = Path(folder) / SAVED
+        checkpoint = newest(saved, settings, resume=resume)
+        history = _run(model, task, settings, methods, saved, checkpoint, progress)
     if int(os.environ.get("RANK", 0)) == 0:
         shutil.rmtree(saved, ignore_errors=True)  # they hold pickles, and the model is in memory
     return history
@@ -134,6 +140,7 @@ def _run(
     model: nn.Module,
     task: Trainable,
     settings: Settings,
+    methods: Sequence[Method],
     saved: Path,
     checkpoint: Path | None,
     progress: Progress | None,
@@ -177,10 +184,11 @@ def _run(
         trainer = FormwrightTrainer(
             settings=settings,
             shifts=task.head == "causal-lm",
+            methods=methods,
             model=model,
             args=arguments,
             train_dataset=task.train,
-            data_collator=task.collate,
+            data_collator=reduce(lambda collate, method: method.collate(collate), methods, task.collate),
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)

@@ -4,12 +4,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from formwright import catalog
+from formwright.build import parse_spec, split_list
 from formwright.errors import FormwrightError
 
 Schedule = Literal["cosine", "constant", "linear"]
 Precision = Literal["float32", "bfloat16"]
 
 LAST = 0.02  # the share of the learning rate at which cosine and linear schedules end
+
+
+def named(methods: str) -> list[str]:
+    """The specs of the training methods that + joins: "a(x=1) + b" -> ["a(x=1)", "b"]."""
+    return [] if methods == "none" else split_list(methods, "+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,7 @@ class Settings:
         precision: "bfloat16" is autocast: parameters stay float32, and on a CPU attention does too.
         evaluate_every: steps between evaluations for the learning curve; 0 = none.
         save_every: steps between checkpoints to resume from; 0 = none.
+        methods: training methods by name, with their options in brackets, joined by +; "none" trains as usual.
     """
 
     steps: int = 600
@@ -45,6 +53,7 @@ class Settings:
     precision: Precision = "float32"
     evaluate_every: int = 0
     save_every: int = 0
+    methods: str = "none"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -72,6 +81,8 @@ class Settings:
             raise FormwrightError(
                 f"batch_size {self.batch_size} does not split into accumulate={self.accumulate} equal parts."
             )
+        for spec in named(self.methods):
+            catalog.find("training", parse_spec(spec)["name"])
 
     def rate(self, step: int) -> float:
         """The factor on the learning rate in step 0, 1, 2, ..."""

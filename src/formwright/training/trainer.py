@@ -6,16 +6,21 @@ each batch's mean is weighted by its share of the cells. The model's own forward
 divided twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
+from formwright.training.method import Method, Pass, packed, through, unpack
 from formwright.training.settings import Settings
+
+STATES = "methods.safetensors"
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -60,9 +65,9 @@ class FormwrightTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, settings: Settings, shifts: bool, **rest: Any) -> None:
+    def __init__(self, *, settings: Settings, shifts: bool, methods: Sequence[Method], **rest: Any) -> None:
         super().__init__(**rest)
-        self.settings = settings
+        self.settings, self.methods = settings, methods
         self.model_accepts_loss_kwargs = settings.accumulate > 1 or self.args.world_size > 1  # else nothing to count
         self._loss_shifts_labels = shifts
         self.by_length: SimilarLengths | None = None
@@ -99,7 +104,17 @@ class FormwrightTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.state.log_history = [{"losses": self.losses(), "curve": self.curve}]
+        states = packed(self.methods)
+        if states and self.args.should_save:  # before the Trainer's own files, the last of which says: whole
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(states, folder / STATES)
         super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        states = Path(resume_from_checkpoint) / STATES
+        unpack(self.methods, load_file(states) if states.exists() else {})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -114,15 +129,23 @@ class FormwrightTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            outputs = model(**inputs)
-        loss = outputs["loss"]
+        share: Tensor | float = 1.0
         if num_items_in_batch is not None:
             share = self.cells(inputs["labels"]) / num_items_in_batch
-            self.record(loss.detach() * share, outputs)
-            loss = loss * (share * self.args.world_size)  # the processes' gradients are averaged, not summed
-        else:
-            self.record(loss.detach(), outputs)
+        scale = share * self.args.world_size  # the processes' gradients are averaged, not summed
+        given = Pass(
+            model=self.accelerator.unwrap_model(model) if self.methods else model,
+            batch=inputs,
+            step=self.state.global_step + 1,
+            run=lambda batch: model(**batch),
+            backward=lambda part: self.accelerator.backward(part * scale),
+        )
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            outputs = through(self.methods, given)
+        loss = outputs["loss"]
+        self.record(loss.detach() * share, outputs)
+        if num_items_in_batch is not None:
+            loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
     def cells(self, labels: Tensor) -> Tensor:
@@ -136,7 +159,7 @@ class FormwrightTrainer(Trainer):
         for name, value in (outputs.get("extra_losses") or {}).items():
             column = self.extras.setdefault(name, [])
             if self.fresh:
-                column.append(value.detach())
+                column.append(value.detach().clone())  # a parameter would change
         self.fresh = False
 
     def losses(self) -> list[float]:
@@ -164,9 +187,19 @@ class Watch(TrainerCallback):
         for remembered in state.log_history:
             self.trainer.earlier, self.trainer.curve = remembered["losses"], remembered["curve"]
 
+    @property
+    def bare(self) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self.trainer.by_length is not None:
             self.trainer.by_length.epoch = int(state.epoch or 0)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        for method in self.trainer.methods:
+            method.gradients(self.bare, state.global_step + 1)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        for method in self.trainer.methods:
+            method.stepped(self.bare, state.global_step)
         self.after_step(state.global_step)

@@ -1,0 +1,1 @@
+"""Which layers of a stack use the same matrices."""
