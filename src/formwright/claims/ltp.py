@@ -35,7 +35,7 @@ from formwright.compress.classifier import classifier
 from formwright.compress.modifier import Data
 from formwright.compress.pipeline import apply
 from formwright.compress.structure import adopt, attach
-from formwright.compress.tokens.ltp import LTP, TokenPruning, flops
+from formwright.compress.tokens.ltp import LTP, Rule, TokenPruning, flops
 from formwright.tasks.base import Task
 from formwright.training import Settings, evaluate, fit, seeded
 from formwright.training.evaluation import fetch, rows
@@ -75,6 +75,15 @@ class TopK(TokenPruning):
         scores[:, 0] = torch.inf  # the first token stays
         rank = scores.argsort(1, descending=True).argsort(1)
         return (rank < count[:, None]) & live
+
+    def packed_rule(self) -> Rule:
+        def keep(number: int, scores: Tensor, borders: Tensor, lengths: Tensor) -> Tensor:
+            present = borders.diff()
+            live = torch.arange(int(present.max())) < present[:, None]
+            padded = torch.zeros(live.shape).masked_scatter(live, scores)
+            return self.keep(number, padded, live, lengths)[live]
+
+        return keep
 
 
 def run(scale: Scale, seed: int) -> Outcome:

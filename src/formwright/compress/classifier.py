@@ -6,6 +6,7 @@ and DistilBERT, each with its own names for the same things.
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from formwright.compress.runtime import encoders
-from formwright.compress.runtime.packed import runs_packed, sums, watches_projections
+from formwright.compress.runtime.packed import packed_encoder, runs_packed, sums
 from formwright.compress.structure import PREFIX
 from formwright.errors import FormwrightError
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
+@cache
+def _signature(source: type[PreTrainedModel]) -> inspect.Signature:
+    return inspect.signature(source.forward)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Classifier:
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """The arguments of a call to the model by name; None when it asks for more than logits and a loss."""
-        bound = inspect.signature(type(self.model)._source.forward).bind(self.model, *args, **kwargs).arguments
+        bound = _signature(type(self.model)._source).bind(self.model, *args, **kwargs).arguments
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs") and value is not None}
         given |= {name: value for name, value in bound.get("kwargs", {}).items() if value not in (None, False)}
         given.pop("return_dict", None)
@@ -65,10 +71,9 @@ class Classifier:
 
     def packs(self, inputs: dict[str, Any]) -> bool:
         """Whether a call can run on real tokens alone: nobody asks for gradients, and the layers are the family's."""
-        asked = torch.is_grad_enabled() or self.model.training or inputs.get("inputs_embeds") is not None
-        if asked or watches_projections(self.base):
+        if torch.is_grad_enabled() or self.model.training or not torch.is_tensor(inputs.get("input_ids")):
             return False
-        return torch.is_tensor(inputs.get("input_ids")) and runs_packed(self.base)
+        return runs_packed(self.base) and not packed_encoder(self.base).hooked()
 
     def packed(self, **inputs: Tensor) -> tuple[Float[Tensor, "t d"], Int[Tensor, " s"]]:
         """What the first layer reads of the real tokens, one text after the other, and where texts begin."""

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from formwright.compress.modifier import Modifier
 from formwright.compress.runtime import encoders
-from formwright.compress.runtime.packed import PackedEncoder, packed_encoder, sums, watches_projections
+from formwright.compress.runtime.packed import PackedEncoder, packed_encoder, sums
 from formwright.compress.structure import PREFIX, Executor, attach
 from formwright.errors import FormwrightError
 
@@ -84,7 +84,7 @@ class PaddingFree(Executor):
             and not getattr(config, "output_hidden_states", False)
             and not getattr(config, "output_attentions", False)
             and not torch.compiler.is_compiling()
-            and not watches_projections(model)
+            and not packed_encoder(model.base_model).hooked()
             and (mask is None or encoders.allows_holes(family_of(model)) or not has_holes(mask.bool()))
         )
 

@@ -111,6 +111,16 @@ class PackedEncoder:
             return _pre_norm(self._layers, self._final, hidden, cu_seqlens, places)
         return _post_norm(self._layers, hidden, cu_seqlens, policy, places)
 
+    def hooked(self) -> bool:
+        """Whether a hook waits for a linear layer, as in calibration: only the model's own forward calls it."""
+        if self._watch is None or self._watch.rebuilt():
+            model = self._model()
+            assert model is not None
+            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        else:
+            linears = self._watch.linears
+        return any(module._forward_hooks or module._forward_pre_hooks for module in linears)
+
     def _lay_out(self) -> None:
         model = self._model()
         assert model is not None
@@ -151,15 +161,6 @@ def runs_packed(model: PreTrainedModel) -> bool:
     return True
 
 
-def watches_projections(model: nn.Module) -> bool:
-    """Whether a hook waits for a linear layer, as in calibration: only the model's own forward calls it."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    )
-
-
 def _in_running_order(layers: Sequence[Layer]) -> Iterable[Layer]:
     """Layers that are shared come as often as they run, those of one group together."""
     groups: dict[str, list[Layer]] = {}
@@ -189,6 +190,8 @@ def _post_norm(
             lengths, stay = cu_seqlens.diff(), stay.cpu()
             tokens = stay.repeat_interleave(lengths).to(hidden.device)
             hidden, cu_seqlens = hidden[tokens], sums(lengths[stay])
+            if not len(hidden):
+                break
     return hidden
 
 
@@ -320,28 +323,32 @@ class _PackedNorm:
 
 
 class _Watch:
-    """Notices other weights, weights that were written to, and other modules."""
+    """Notices other weights, weights that were written to, and other modules. It is asked at every call."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = [module for name, module in model.named_modules() if not name.startswith("executor")]
-        self.weights: list[tuple[dict[str, Any], str, Tensor, int, int]] = [
-            (module._parameters, name, weight, _version(weight), weight.data_ptr())
+        self.weights: list[tuple[dict[str, Any], str, Tensor, int, int | None]] = [
+            (module._parameters, name, weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
             for module in modules
             for name, weight in module._parameters.items()
             if weight is not None
         ]
-        self.children = [(module._modules, _children(module._modules)) for module in modules if module._modules]
+        self.root, self.inside = model._modules, _children(model._modules)
+        self.children = [(module._modules, dict(module._modules)) for module in modules[1:] if module._modules]
+        self.linears = [module for module in modules if isinstance(module, nn.Linear)]
 
     def changed(self) -> bool:
-        return any(
-            held.get(name) is not weight or _version(weight) != version or weight.data_ptr() != place
-            for held, name, weight, version, place in self.weights
-        ) or any(_children(held) != children for held, children in self.children)
+        for held, name, weight, place, version in self.weights:
+            if held.get(name) is not weight or weight.data_ptr() != place:
+                return True
+            if version is not None and weight._version != version:
+                return True
+        return self.rebuilt()
+
+    def rebuilt(self) -> bool:
+        """Whether a module was put in, replaced or taken out."""
+        return _children(self.root) != self.inside or any(held != known for held, known in self.children)
 
 
-def _children(held: dict[str, Any]) -> list[int]:
-    return [id(child) for name, child in held.items() if name != "executor"]
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _children(held: dict[str, Any]) -> dict[str, Any]:
+    return {name: child for name, child in held.items() if name != "executor"}

@@ -37,6 +37,8 @@ from formwright.errors import FormwrightError
 from formwright.training import fit
 
 Variant = Literal["paper", "release"]
+# layer, scores of packed tokens, where their texts begin, how long those once were -> which tokens stay
+Rule = Callable[[int, Float[Tensor, " t"], Int[Tensor, " s"], Int[Tensor, " b"]], Bool[Tensor, " t"]]
 
 FLOOR = 1e-5  # below it a token counts as unseen, whatever the threshold
 
@@ -201,6 +203,17 @@ class TokenPruning(Executor):
         """Which tokens stay after the attention of layer `number`."""
         return hard_mask(scores, self.thresholds[number].detach(), live)
 
+    def packed_rule(self) -> Rule:
+        """`keep` for texts one after the other; the thresholds are read once a run."""
+        thresholds = self.thresholds.detach().clamp(min=FLOOR).tolist()
+
+        def keep(number: int, scores: Tensor, borders: Tensor, _lengths: Tensor) -> Tensor:
+            stays = scores >= thresholds[number]
+            stays[borders[:-1]] = True
+            return stays
+
+        return keep
+
     def soften(
         self, whole: Classifier, hidden: Float[Tensor, "b n d"], live: Bool[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b c"], Int[Tensor, "b layers_and_one"], Float[Tensor, ""]]:
@@ -238,20 +251,20 @@ class _Leaving(Policy):
     weighs = True
 
     def __init__(self, pruning: TokenPruning, lengths: Int[Tensor, " b"], padded: int | None) -> None:
-        self.pruning, self.padded, self.lengths = pruning, padded, [lengths]
+        self.rule, self.padded, self.lengths = pruning.packed_rule(), padded, [lengths]
 
     def after_attention(
         self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"], received: Float[Tensor, " t"]
     ) -> Bool[Tensor, " t"]:
-        lengths = cu_seqlens.diff().to(hidden.device)
-        live = torch.arange(int(lengths.max()), device=hidden.device) < lengths[:, None]
-        scores = torch.zeros(live.shape, device=hidden.device)
-        scores[live] = received.float()
+        scores = received.float()
         if self.padded is not None:
-            scores = scores * lengths[:, None] / self.padded
-        keep = self.pruning.keep(layer, scores, live, self.lengths[0])
-        self.lengths.append(keep.sum(1))
-        return keep[live]
+            lengths = cu_seqlens.diff()
+            scores = scores * (lengths.repeat_interleave(lengths) / self.padded).to(scores.device)
+        return self.rule(layer, scores, cu_seqlens.to(hidden.device), self.lengths[0])
+
+    def after_layer(self, layer: int, hidden: Float[Tensor, "t d"], cu_seqlens: Int[Tensor, " s"]) -> None:
+        del layer
+        self.lengths.append(cu_seqlens.diff().to(hidden.device))
 
 
 def compact(
