@@ -128,7 +128,6 @@ def image_task(
 def image_config(size: int, patch_size: int, channels: int, classes: Sequence[str]) -> dict[str, Any]:
     return {
         "architecture": "encoder",
-        "embedding": "patch",
         "vocab_size": 0,  # no table of ids
         "image_size": size,
         "patch_size": patch_size,
