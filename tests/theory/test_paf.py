@@ -1,5 +1,7 @@
 """How alike tokens are and how much attention adds: exact properties, then brute force and models of transformers."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -65,7 +67,9 @@ def test_they_are_what_their_definitions_say_pair_by_pair():
     sums = [float((sign * x @ c).exp().sum()) for c in directions for sign in (1, -1)]
     assert partition_isotropy(x) == pytest.approx(min(sums) / max(sums))
     mean = torch.ones(9, 1, dtype=x.dtype) @ x.mean(0, keepdim=True)
-    assert rank_one_residual(x) == pytest.approx(float(torch.linalg.matrix_norm(x - mean) / torch.linalg.matrix_norm(x)))
+    assert rank_one_residual(x) == pytest.approx(
+        float(torch.linalg.matrix_norm(x - mean) / torch.linalg.matrix_norm(x))
+    )
     torch.testing.assert_close(update_ratios(3 * x, x), torch.full((9,), 3.0, dtype=x.dtype))
 
 
@@ -75,7 +79,7 @@ def test_attention_alone_loses_rank_in_every_layer():
     for _ in range(5):
         seen.append(rank_one_residual(x[0]))
         x = MultiHeadAttention(dim=16, heads=4, attention=SoftmaxAttention())(x, Context.of(x)).detach()
-    assert all(later < before for before, later in zip(seen, seen[1:], strict=False))
+    assert all(later < before for before, later in itertools.pairwise(seen))
     assert seen[-1] < 1e-2
 
 
@@ -87,9 +91,17 @@ def ours(**fields):
 IDS = torch.arange(1, 25).view(2, 12)
 
 
-@pytest.mark.parametrize("block", ["post", "pre", "paf", "paf(layout=pre)"])
+@pytest.mark.parametrize(
+    ("block", "read"),
+    [
+        ("post", lambda _, x: x),
+        ("paf", lambda _, x: x),
+        ("pre", lambda block, x: block.mixer_norm(x)),
+        ("paf(layout=pre)", lambda block, x: block.norm(x)),
+    ],
+)
 @torch.no_grad()
-def test_the_numbers_are_of_what_enters_and_leaves_every_layer(block):
+def test_the_numbers_are_of_what_enters_and_leaves_every_layer(block, read):
     model = ours(block=block)
     found = measure(model, {"input_ids": IDS})
     states = model(IDS, output_hidden_states=True).hidden_states
@@ -98,12 +110,11 @@ def test_the_numbers_are_of_what_enters_and_leaves_every_layer(block):
         assert row.cosine == pytest.approx(sum(map(mean_cosine, out)) / 2)
         assert row.residual == pytest.approx(sum(map(rank_one_residual, out)) / 2)
         assert row.partition == pytest.approx(partition_isotropy(out.flatten(0, 1)))
-        assert row.ratios[0] < row.ratio and row.ratios[0] < row.ratios[1] < row.ratios[2]
-    first = model.encoder.layers[0].block
-    read = states[0] if not getattr(first, "first", block == "pre") else getattr(first, "norm", None) or first.mixer_norm
-    read = read if isinstance(read, torch.Tensor) else read(states[0])
-    added = first.mixer(read, Context.of(read))
-    assert found[0].ratio == pytest.approx(float(update_ratios(added.flatten(0, 1), states[0].flatten(0, 1)).mean()))
+        assert row.ratios[0] < row.ratio
+        assert row.ratios[0] < row.ratios[1] < row.ratios[2]
+    first, x = model.encoder.layers[0].block, states[0]
+    added = first.mixer(read(first, x), Context.of(x))
+    assert found[0].ratio == pytest.approx(float(update_ratios(added.flatten(0, 1), x.flatten(0, 1)).mean()))
 
 
 @torch.no_grad()
@@ -121,7 +132,8 @@ def test_pads_and_named_tokens_are_not_counted():
     mask = (torch.arange(12) < 8).long().expand(2, -1)
     padded = measure(model, {"input_ids": IDS, "attention_mask": mask})
     for one, other in zip(short, padded, strict=True):
-        assert one.cosine == pytest.approx(other.cosine, abs=1e-5) and one.ratio == pytest.approx(other.ratio, abs=1e-5)
+        assert one.cosine == pytest.approx(other.cosine, abs=1e-5)
+        assert one.ratio == pytest.approx(other.ratio, abs=1e-5)
     fewer = measure(model, {"input_ids": IDS}, without=[1, 13])
     assert fewer[0].cosine != measure(model, {"input_ids": IDS})[0].cosine
     with pytest.raises(FormwrightError, match="no input_ids"):
@@ -131,7 +143,8 @@ def test_pads_and_named_tokens_are_not_counted():
 def test_the_model_is_left_as_it_was():
     model = ours().train()
     measure(model, {"input_ids": IDS}, feedforward=False)
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -143,7 +156,10 @@ def test_a_classifier_of_ours_and_a_mixer_without_scores_are_measured():
 @pytest.mark.reference
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [(BertModel, BertConfig(vocab_size=30, **SMALL)), (GPT2Model, GPT2Config(vocab_size=30, n_embd=16, n_layer=3, n_head=4))],
+    [
+        (BertModel, BertConfig(vocab_size=30, **SMALL)),
+        (GPT2Model, GPT2Config(vocab_size=30, n_embd=16, n_layer=3, n_head=4)),
+    ],
     ids=["bert", "gpt2"],
 )
 @pytest.mark.parametrize("feedforward", [True, False])

@@ -1,5 +1,5 @@
-"""Claims: without feed-forward layers the tokens of a deep stack grow alike, with them, serial or parallel, they do not;
-attention adds little beside its input; and the parallel design learns as well as the serial one.
+"""Claims: without feed-forward layers the tokens of a deep stack grow alike, with them, serial or parallel, they do
+not; attention adds little beside its input; and the parallel design learns as well as the serial one.
 
 Paper  Abstract: both assumptions hold in BERT-large and RoBERTa-large trained in the parallel design. Repository,
        PAF-RoBERTa-large on GLUE: MNLI 89.3, SST-2 96.2; RoBERTa-large, as published by its authors: 90.2, 96.4.
@@ -159,7 +159,8 @@ CLAIMS = [
         "cosine of both designs is below that of the stack without feed-forward layers and below their own with those "
         "layers' part taken away; holds in direction: the same of the parallel design's mean.",
         verdict=isotropy,
-        shows=tuple(f"{arm}, cosine" for arm in ARMS) + tuple(f"{arm}, cosine less its feed-forward" for arm in DESIGNS),
+        shows=tuple(f"{arm}, cosine" for arm in ARMS)
+        + tuple(f"{arm}, cosine less its feed-forward" for arm in DESIGNS),
     ),
     Claim(
         statement="What attention adds is small beside its input.",

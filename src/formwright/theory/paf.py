@@ -23,11 +23,12 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from formwright.compress.anatomy import describe
@@ -66,7 +67,9 @@ def update_ratios(update: Tokens, x: Tokens) -> Float[Tensor, " n"]:
 
 def _several(x: Tokens) -> Tokens:
     if len(x) < 2:
-        raise FormwrightError(f"Tokens are compared with one another, and there is {len(x)}: give texts of two or more.")
+        raise FormwrightError(
+            f"Tokens are compared with one another, and there is {len(x)}: give texts of two or more."
+        )
     return x.double()
 
 
@@ -82,7 +85,7 @@ class Row:
         cosine, residual: see the module.
         centred: the cosine of the tokens less the mean of all tokens of the batch.
         partition: see the module.
-        ratio: of what attention adds, the mean over the tokens.
+        ratio: of what attention gives, before a factor of the block if it has one, the mean over the tokens.
         ratios: its 5th, 50th and 95th percentile.
     """
 
@@ -95,13 +98,20 @@ class Row:
     ratios: tuple[float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
+class _Place(NamedTuple):
     """Modules of one layer: what reads and gives the stream, and what gives the two updates, before the residual."""
 
     layer: nn.Module
     attention: nn.Module
     feedforward: nn.Module | None
+
+
+class _Call(NamedTuple):
+    """What went through a layer once."""
+
+    tokens: Tensor
+    added: Tensor  # by attention
+    out: Tensor
 
 
 def measure(
@@ -125,36 +135,24 @@ def measure(
         FormwrightError: the family is not known, attention does not give a vector for every token of the stream (as in
             Swin, where tokens lie in windows), or a sequence counts fewer than two tokens.
     """
-    places = _places(model)
-    given: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(places))}  # tokens, what attention adds
-    left: dict[int, list[Tensor]] = {i: [] for i in range(len(places))}
+    calls: list[_Call] = []  # in order: a layer that several depths share is called again and again
     training, device = model.training, next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with ExitStack() as hooks, torch.no_grad():
-        for i, place in enumerate(places):
-            for handle in _watch(place, given[i], left[i], feedforward=feedforward):
-                hooks.callback(handle.remove)
         hooks.callback(model.train, training)
+        for place in _places(model):
+            for handle in _watch(place, calls, feedforward=feedforward):
+                hooks.callback(handle.remove)
         model.eval()(**inputs)
-    counted = _counted(inputs, without, left[0][0])
-    calls = [  # a layer that all depths share is called again and again
-        (tokens, added, out)
-        for i in range(max(map(len, left.values())))
-        for layer in range(len(places))
-        for (tokens, added), out in [(given[layer][i], left[layer][i])]
-    ]
-    return [_row(depth, *call, counted) for depth, call in enumerate(calls)]
+    counted = _counted(inputs, without, calls[0].tokens)
+    return [_row(depth, call, counted) for depth, call in enumerate(calls)]
 
 
 def _places(model: PreTrainedModel) -> list[_Place]:
     if isinstance(model, TransformerPreTrainedModel):
         body = model.base_model
-        layers = (body.encoder or body.decoder).layers
-        return [
-            _Place(layer=one, attention=one.block.mixer, feedforward=one.block.feedforward)
-            for one in layers
-            if hasattr(one.block, "mixer")
-        ]
+        blocks = {one: one.block for one in (body.encoder or body.decoder).layers}
+        return [_Place(layer, block.mixer, block.feedforward) for layer, block in blocks.items()]
     stack = describe(model).stacks[0]
     places = []
     for layer in stack.layers:
@@ -163,23 +161,21 @@ def _places(model: PreTrainedModel) -> list[_Place]:
         scaled = [f"{layer.path}.{name}" for name in stack.description.attention.after]
         down = None if layer.feedforward is None else model.get_submodule(layer.feedforward.down)
         attention = model.get_submodule([layer.attention.output, *scaled][-1])
-        places.append(_Place(layer=model.get_submodule(layer.path), attention=attention, feedforward=down))
+        places.append(_Place(model.get_submodule(layer.path), attention, down))
     return places
 
 
-def _watch(
-    place: _Place, given: list[tuple[Tensor, Tensor]], left: list[Tensor], *, feedforward: bool
-) -> list[torch.utils.hooks.RemovableHandle]:
-    entered: list[Tensor] = []
+def _watch(place: _Place, calls: list[_Call], *, feedforward: bool) -> list[RemovableHandle]:
+    seen: dict[str, Tensor] = {}
 
     def enter(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        entered.append(args[0] if args else named["hidden_states"])
+        seen["tokens"] = args[0] if args else named["hidden_states"]
 
     def add(_module: nn.Module, _args: Any, update: Any) -> None:
-        given.append((entered[-1], update[0] if isinstance(update, tuple) else update))
+        seen["added"] = update[0] if isinstance(update, tuple) else update
 
     def leave(_module: nn.Module, _args: Any, out: Any) -> None:
-        left.append(out[0] if isinstance(out, tuple) else out)
+        calls.append(_Call(seen["tokens"], seen["added"], out[0] if isinstance(out, tuple) else out))
 
     handles = [
         place.layer.register_forward_pre_hook(enter, with_kwargs=True),
@@ -202,16 +198,16 @@ def _counted(inputs: Mapping[str, Any], without: Collection[int], x: Tensor) -> 
     return counted
 
 
-def _row(depth: int, x: Tensor, added: Tensor, out: Tensor, counted: Tensor) -> Row:
-    if added.shape != x.shape:
+def _row(depth: int, call: _Call, counted: Bool[Tensor, "b n"]) -> Row:
+    if call.added.shape != call.tokens.shape:
         raise FormwrightError(
-            f"What attention gives in layer {depth} is {tuple(added.shape)} and the stream is {tuple(x.shape)}: only "
-            "models whose attention gives every token its own update can be measured."
+            f"What attention gives in layer {depth} is {tuple(call.added.shape)} and the stream is "
+            f"{tuple(call.tokens.shape)}: only models whose attention gives every token its own update can be measured."
         )
-    sequences = [tokens[real] for tokens, real in zip(out.double(), counted, strict=True)]
+    sequences = [tokens[real] for tokens, real in zip(call.out.double(), counted, strict=True)]
     every = torch.cat(sequences)
     centre = every.mean(0)
-    ratios = update_ratios(added[counted], x[counted])
+    ratios = update_ratios(call.added[counted], call.tokens[counted])
     return Row(
         layer=depth,
         cosine=fmean(map(mean_cosine, sequences)),
@@ -219,5 +215,7 @@ def _row(depth: int, x: Tensor, added: Tensor, out: Tensor, counted: Tensor) -> 
         residual=fmean(map(rank_one_residual, sequences)),
         partition=partition_isotropy(every),
         ratio=float(ratios.mean()),
-        ratios=tuple(ratios.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=ratios.dtype, device=x.device)).tolist()),
+        ratios=tuple(
+            ratios.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=ratios.dtype, device=ratios.device)).tolist()
+        ),
     )

@@ -7,6 +7,7 @@ from transformers import BertConfig, GPTNeoXConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
+from formwright.build import build
 from formwright.contracts import Context
 from formwright.errors import FormwrightError
 from formwright.models.transformer import TransformerConfig, TransformerForConditionalGeneration, TransformerModel
@@ -127,8 +128,8 @@ def test_all_that_is_added_is_dropped_alike():
 
 
 def test_another_layout_is_refused():
-    with pytest.raises(FormwrightError, match="post, pre, pre-two"):
-        PAF(**parts(), layout="sandwich")
+    with pytest.raises(FormwrightError, match="'post', 'pre' or 'pre-two'"):
+        build("block", "paf(layout=sandwich)", **parts())
 
 
 @pytest.mark.reference
@@ -142,7 +143,10 @@ def test_pre_norm_equals_gpt_neox(layout):
     config._attn_implementation = "eager"
     theirs, block, x = GPTNeoXLayer(config, layer_idx=0).eval(), PAF(**parts(), layout=layout).eval(), tokens()
     fused = theirs.attention.query_key_value
-    for ours, given in ((block.mixer.query_key_value.weight, fused.weight), (block.mixer.query_key_value.bias, fused.bias)):
+    for ours, given in (
+        (block.mixer.query_key_value.weight, fused.weight),
+        (block.mixer.query_key_value.bias, fused.bias),
+    ):
         ours.copy_(given.unflatten(0, (H, 3, D // H)).transpose(0, 1).flatten(0, 2))  # theirs: head by head
     block.mixer.out.load_state_dict(theirs.attention.dense.state_dict())
     block.feedforward.up.load_state_dict(theirs.mlp.dense_h_to_4h.state_dict())
