@@ -15,10 +15,12 @@ ELSEWHERE = {
     "embedding": "tests/parts/embedding",
     "modifier": "tests/compress",
     "training": "tests/training",
+    "objective": "tests/training",
     "module": "tests/compress",
     "cache": "tests/compress/quantize",
     "tokenizer": "tests/tasks",
     "search": "tests/training",
+    "tuner": "tests/tuners",
 }
 
 PARTS = {p.key: p for p in catalog.provided() if p.slot in (*SLOTS, "init") and defined(p.module, p.attribute)}

@@ -77,6 +77,7 @@ class Task:
         baselines: what needs no model, by name; computed when called.
         defaults: settings and sizes known to work.
         tokenizer: of a text task, a `tokenizers.Tokenizer`.
+        unlabelled: rows to pre-train on, whose labels are not to be looked at; none = the training rows.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Task:
     score: Callable[[Tensor, Batch], Items] = field(default=lambda logits, batch: score_rows(logits, batch))
     summary: Callable[[Items], dict[str, float]] = field(default=lambda items: accuracy_and_loss(items))
     tokenizer: Any = None
+    unlabelled: Dataset | None = None
 
     @property
     def main(self) -> Metric:
