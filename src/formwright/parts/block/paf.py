@@ -13,7 +13,7 @@ Idea     In series the feed-forward layer reads x + attention(x). What attention
          Each layer has one norm: 2 d parameters fewer than in series, or as many with pre-two (GPT-NeoX).
 Differs  Cross-attention is a third summand that reads the same input; the release feeds it what self-attention gave,
          without residual or norm. The products of x with the matrices of both sides stay two, where the release for
-         GPUs joins them in one: on a CPU that is no faster.
+         GPUs joins them in one: on a CPU little is gained.
 """
 
 from typing import Literal, get_args
