@@ -25,7 +25,7 @@ from formwright.catalog import evidence  # noqa: E402
 
 TABLE = "<!-- table of systems -->"
 COMPATIBILITY = "<!-- compatibility table -->"
-STUDY = re.compile(r"<!-- study (\w+) -->")
+STUDY = re.compile(r"<!-- study ([\w-]+) -->")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -73,6 +73,8 @@ def study(name: str) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     if "curves" in found:
         return costs(found)
+    if "approximations" in found:
+        return approximations(found)
     metric, places = found["metric"], list(found["rows"][0]["read"])
     head = ["candidate", "as trained", *places, "rate", *(["converges"] if "separates" in found else [])]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
@@ -82,23 +84,17 @@ def study(name: str) -> str:
         cells.append(f"{row['learning_rate']:g}" if row["learning_rate"] else "–")
         cells += [_converging(row["converges"])] if "separates" in found else []
         lines.append(f"| {' | '.join(cells)} |")
-    said = ["| candidate | rise | what its paper says |", "| --- | --- | --- |"]
-    for row in found["rows"]:
-        rise = f"{fmean(row['rises']):+.3f}" if row.get("rises") else "–"
-        said.append(f"| `{row['candidate']}` | {rise} | {_cell(row['says'])} |")
     seeds = len(found["rows"][0]["seeds"])
     about = f"{metric} of `{found['task']}`, {found['steps']} steps, mean ± standard deviation over {seeds} seeds."
-    where = found["environment"].get("cpu", "")
-    return "\n\n".join(
-        [
-            f"**{found.get('answer', '')}**",
-            _lines(found, places),
-            f"{about} Run on {where}.",
-            "\n".join(lines),
-            "Beside what each paper says, the rise from the training length to the last:",
-            "\n".join(said),
-        ]
-    )
+    parts = [f"**{found['answer']}**", *([_lines(found, places)] if places else [])]
+    parts += [f"{about} Run on {found['environment'].get('cpu', '')}.", "\n".join(lines)]
+    if places:
+        said = ["| candidate | rise | what its paper says |", "| --- | --- | --- |"]
+        for row in found["rows"]:
+            rise = f"{fmean(row['rises']):+.3f}" if row.get("rises") else "–"
+            said.append(f"| `{row['candidate']}` | {rise} | {_cell(row['says'])} |")
+        parts += ["Beside what each paper says, the rise from the training length to the last:", "\n".join(said)]
+    return "\n\n".join(parts)
 
 
 def _converging(seeds: list[bool | None]) -> str:
@@ -122,6 +118,32 @@ def costs(found: dict[str, Any]) -> str:
             cells.append(f"{curve['points'][-1]['memory'] / 1e6:,.0f}" if curve["points"] else "–")
             lines.append(f"| {' | '.join(cells)} |")
         parts += [f"### {group[0].capitalize()}, {group[1]}", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def approximations(found: dict[str, Any]) -> str:
+    """The tables of a study of approximations: errors by budget, and by the entropy of the exact weights."""
+    budgets = found["budgets"]
+    shares = [f"1/{1 / budget:.3g}" if budget < 1 else f"{budget:g}" for budget in budgets]
+    parts = [f"**{found['answer']}**", f"{found['about']} Run on {found['environment'].get('cpu', '')}."]
+    for model in dict.fromkeys(curve["model"] for curve in found["approximations"]):
+        own = [curve for curve in found["approximations"] if curve["model"] == model]
+        served = [curve for curve in own if any(curve["points"])]
+        head = ["method", *shares, "focused, between, spread queries", "at", "setting"]
+        lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        for curve in served:
+            cells = ["–" if point is None else f"{point['error']:.3f}" for point in curve["points"]]
+            place = max((i for i, point in enumerate(curve["points"]) if point and budgets[i] <= 0.25), default=None)
+            shown = curve["points"][place] if place is not None else None
+            thirds = ", ".join(f"{error:.2f}" for error in shown["thirds"]) if shown else "–"
+            setting = f"`{shown['spec']}`" if shown else "–"
+            at = shares[place] if place is not None else "–"
+            row = [f"`{curve['method']}`", *cells, thirds, at, setting]
+            lines.append(f"| {' | '.join(row)} |")
+        parts += [f"### {model}", "\n".join(lines)]
+        refused = {curve["method"]: curve["why"] for curve in own if not any(curve["points"])}
+        if refused:
+            parts.append("Not served: " + " ".join(f"`{method}`: {_cell(why)}" for method, why in refused.items()))
     return "\n\n".join(parts)
 
 
