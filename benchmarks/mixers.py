@@ -4,8 +4,9 @@
 
 One layer of width 512 with 8 heads, its projections included, batch 1, reading both ways (and causally where a library
 does), one thread. Processor time in milliseconds of a forward pass and of a training step, medians of rounds in which
-all take turns, how many times as fast as the library ours is, and the peak memory of a step (10^6 bytes, weights
-apart). `softmax` is torch's fused attention in the same projections. Libraries run in float32, ours and softmax in bfloat16 too, where the processor multiplies in it.
+all take turns; how many times as fast as the library ours is; and the peak memory of a step (10^6 bytes, weights
+apart). `softmax` is torch's fused attention in the same projections. Libraries run in float32, ours and softmax in
+bfloat16 too, where the processor multiplies in it.
 
     performer   performer-pytorch's SelfAttention, as many features
     nystrom     nystrom-attention, 256 landmarks, no convolution
