@@ -34,7 +34,11 @@ from torch.nn import functional as F
 from formwright.build import build
 from formwright.contracts import Context, refuse
 from formwright.errors import FormwrightError
+from formwright.ops.linear import linear
 from formwright.parts.feedforward import Usage
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu, "geglu": F.gelu}
+FEW = 16  # tokens an expert, below which one product of all groups is quicker than one for each
 
 
 def balance_loss(
@@ -89,6 +93,10 @@ class MoE(nn.Module):
         super().__init__()
         if routing not in ("renormalized", "plain", "expert-choice"):
             raise FormwrightError(f"MoE has routing renormalized, plain or expert-choice, got {routing!r}.")
+        if expert not in ACTIVATIONS:
+            raise FormwrightError(f"MoE's expert is one of {', '.join(ACTIVATIONS)}, got {expert!r}.")
+        if hidden < 1:
+            raise FormwrightError(f"An expert needs a hidden width of at least 1, got {hidden}.")
         by_experts = routing == "expert-choice"
         if not 1 <= active <= experts or shared < 0:
             raise FormwrightError(
@@ -97,7 +105,7 @@ class MoE(nn.Module):
             )
         if routing == "renormalized" and active == 1:
             raise FormwrightError(
-                'One active expert renormalized has the gate 1 always, and the router learns nothing: set routing="plain".'
+                'One active expert, renormalized, has the gate 1, and its router learns nothing: set routing="plain".'
             )
         balance = (0.0 if by_experts else 0.01) if balance is None else balance
         if balance < 0 or z < 0 or (by_experts and balance > 0):
@@ -106,18 +114,21 @@ class MoE(nn.Module):
                 f"routing={routing!r}, balance={balance} and z={z}."
             )
         self.active, self.routing, self.balance, self.z = active, routing, balance, z
+        self.gated = expert in ("swiglu", "geglu")
+        self.activation = ACTIVATIONS[expert]
         self.router = nn.Parameter(torch.empty(experts, dim))
-        self.experts = nn.ModuleList(
-            build("feedforward", expert, dim=dim, hidden=hidden, bias=False) for _ in range(experts)
-        )
+        self.up = nn.Parameter(torch.empty(experts, (1 + self.gated) * hidden, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, hidden))
         wide = build("feedforward", expert, dim=dim, hidden=shared * hidden, bias=False) if shared else None
         self.shared: nn.Module | None = wide
         self.usage = Usage(experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The router's; the experts have their own."""
+        """Experts uniform, as far as one over the square root of what each neuron reads; the shared one is not set."""
         nn.init.normal_(self.router, std=0.02)
+        for weight in (self.up, self.down):
+            nn.init.uniform_(weight, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
 
     def forward(self, x: Float[Tensor, "b n d"], context: Context | None = None) -> Float[Tensor, "b n d"]:
         if self.routing == "expert-choice" and context is not None and context.causal:
@@ -132,18 +143,21 @@ class MoE(nn.Module):
         logits = self.logits(tokens)
         p = logits.softmax(-1)
         if self.routing == "expert-choice":
-            gates, chosen = self._by_experts(p.view(*x.shape[:2], -1), None if real is None else real.view(x.shape[:2]))
+            gates, chosen = self._by_experts(
+                p.view(*x.shape[:2], p.shape[1]), None if real is None else real.view(x.shape[:2])
+            )
         else:
             gates, chosen = self._by_tokens(p, real)
         if self.training and context is not None:
-            weight = p.new_ones(len(p)) if real is None else real.to(p.dtype)
+            weight = p.new_ones(p.shape[0]) if real is None else real.to(p.dtype)
             weight = weight / weight.sum().clamp(min=1)
             if self.balance > 0:
                 context.add_loss("balance", self.balance * balance_loss(p, chosen, weight))
             if self.z > 0:
                 context.add_loss("router z", self.z * router_z_loss(logits, weight))
         if torch.compiler.is_compiling():
-            y = sum(gates[:, e, None] * expert(x).flatten(0, 1) for e, expert in enumerate(self.experts))
+            weights = zip(gates.unbind(1), self.up.unbind(), self.down.unbind(), strict=True)
+            y = sum(gate[:, None] * self._expert(tokens, up, down) for gate, up, down in weights)
         else:
             y = self._grouped(tokens, gates, chosen)
         y = y.to(x.dtype).view_as(x)
@@ -188,11 +202,35 @@ class MoE(nn.Module):
         """Each expert multiplies the tokens that chose it, or that it chose."""
         expert, token = chosen.T.nonzero(as_tuple=True)
         self.usage.add(expert)
-        groups = x[token].split(chosen.sum(0).tolist())
-        # In training an expert without tokens runs too: its gradient is 0, not absent.
-        results = [
-            one(rows[None])[0] for one, rows in zip(self.experts, groups, strict=True) if len(rows) or self.training
-        ]
-        weights = gates.T.masked_select(chosen.T)[:, None]
-        y = torch.cat(results) * weights if results else weights * x[:0]
+        rows, counts = x.index_select(0, token), chosen.sum(0)
+        if self._are_few(rows):
+            ends = counts.cumsum(0, dtype=torch.int32)
+            neurons = self._active(F.grouped_mm(rows, self.up.mT, offs=ends))
+            y = F.grouped_mm(neurons, self.down.mT, offs=ends)
+        else:
+            groups = zip(rows.split(counts.tolist()), self.up.unbind(), self.down.unbind(), strict=True)
+            y = torch.cat([self._expert(group, up, down) for group, up, down in groups if len(group)] or [rows])
+        y = y * gates.T.masked_select(chosen.T)[:, None]
         return y.new_zeros(x.shape).index_add(0, token, y)
+
+    def _expert(
+        self, x: Float[Tensor, "r d"], up: Float[Tensor, "u d"], down: Float[Tensor, "d h"]
+    ) -> Float[Tensor, "r d"]:
+        return linear(self._active(linear(x, up)), down)
+
+    def _active(self, neurons: Float[Tensor, "r u"]) -> Float[Tensor, "r h"]:
+        if not self.gated:
+            return self.activation(neurons)
+        gate, value = neurons.chunk(2, dim=-1)
+        return self.activation(gate) * value
+
+    def _are_few(self, rows: Float[Tensor, "r d"]) -> bool:
+        """Whether a call for every expert costs more than it saves, and torch's product of groups takes the sizes."""
+        return (
+            len(rows) < FEW * len(self.up)
+            and rows.device.type == "cpu"
+            and rows.dtype == self.up.dtype
+            and rows.dtype in (torch.float32, torch.bfloat16)
+            and all(size % 8 == 0 for size in (*self.up.shape[1:], self.down.shape[2]))
+            and not torch.is_autocast_enabled("cpu")
+        )
