@@ -53,11 +53,11 @@ def _is_watched(layer: nn.Module) -> bool:
 
 def _served(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
+        not torch.compiler.is_compiling()  # first: a size compared there would be a size fixed there
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() * len(weight) >= LEAST
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and onednn_is_quicker()
     )
