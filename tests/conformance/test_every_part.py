@@ -15,6 +15,7 @@ ELSEWHERE = {
     "embedding": "tests/parts/embedding",
     "modifier": "tests/compress",
     "training": "tests/training",
+    "sharing": "tests/parts/sharing",
     "objective": "tests/training",
     "module": "tests/compress",
     "cache": "tests/compress/quantize",

@@ -14,6 +14,7 @@ and what tells the two apart is written into `config.compression`:
     shapes       parameters and buffers of another shape, by module
     attributes   whole numbers, truth values and the like that modules keep for themselves (num_attention_heads ...)
     configs      what tells the configs of stacks that keep one of their own (T5's) from a fresh model's
+    tied         parameters that are another one by a second name: saved once, and tied again
     prefix       under which name the base model hangs in the model that was saved
     recipe       the steps that made the model
 
@@ -103,7 +104,20 @@ class Adopted:
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As transformers' own, with the structure in the config."""
         self.config.compression = describe(self)  # type: ignore[attr-defined, arg-type]
+        theirs = type(self)._tied_weights_keys or {}  # type: ignore[attr-defined]
+        self._tied_weights_keys = {**theirs, **self.config.compression["tied"]}  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Also what was tied after the model was built, whether or not its embeddings are: as the tree has it now."""
+        theirs = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
+        ours = _twice(self)  # type: ignore[arg-type]
+        return theirs | {one: source for one, source in ours.items() if one not in theirs and source not in theirs}
+
+    def _adjust_bias(self, output_embeddings: nn.Module, input_embeddings: Any) -> None:
+        """transformers pads the bias of whatever is tied to the length of a vocabulary; a layer has none."""
+        if output_embeddings is self.get_output_embeddings():  # type: ignore[attr-defined]
+            super()._adjust_bias(output_embeddings, input_embeddings)  # type: ignore[misc]
 
 
 def adopt(model: nn.Module) -> PreTrainedModel:
@@ -249,7 +263,16 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         for path, config in _own_configs(model)
         if (changed := {k: v for k, v in _plain(config).items() if path in theirs and theirs[path].get(k) != v})
     }
+    already = _twice(fresh)
+    found["tied"] = {target: source for target, source in _twice(model).items() if target not in already}
     return found
+
+
+def _twice(model: nn.Module) -> dict[str, str]:
+    """Parameters that have a name already, and that name."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(one)] for name, one in named if first.setdefault(id(one), name) != name}
 
 
 def _own_configs(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -363,6 +386,9 @@ def _apply(model: nn.Module, compression: dict[str, Any]) -> None:
     for path, changed in compression.get("configs", {}).items():
         for name, value in changed.items():
             setattr(model.get_submodule(path).config, name, value)
+    for target, source in compression.get("tied", {}).items():
+        path, _, name = target.rpartition(".")
+        model.get_submodule(path)._parameters[name] = model.get_parameter(source)
 
 
 def _prefix(model: nn.Module) -> str:
@@ -398,6 +424,8 @@ def _seen_from(model: nn.Module, compression: dict[str, Any]) -> dict[str, Any]:
     for what in ("layers", "shapes", "attributes", "configs"):
         pairs = [(move(path), value) for path, value in compression.get(what, {}).items()]
         moved[what] = {path: value for path, value in pairs if path is not None}
+    tied = {move(target): move(source) for target, source in compression.get("tied", {}).items()}
+    moved["tied"] = {target: source for target, source in tied.items() if target is not None and source is not None}
     entries = [{**entry, "path": move(entry["path"])} for entry in compression.get("modules", [])]
     moved["modules"] = [entry for entry in entries if entry["path"] is not None]
     return moved

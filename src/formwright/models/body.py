@@ -3,6 +3,7 @@
 ids or pixels -> tokens (+ type, + position) (norm) -> blocks of mixer, cross-attention, feed-forward (norm)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from formwright.models.cache import new_cache, refuse_other_caches
 from formwright.models.config import TransformerConfig
 from formwright.models.decoding import decoded
 from formwright.parts import assemble
+from formwright.parts.block import reversible
 from formwright.parts.embedding.patch import ClassToken, PatchEmbedding
 from formwright.parts.sharing.subformer import ADAPTER_DROPOUT, Adapter, Narrowed, Sharing, shared_names, tie
 
@@ -89,7 +91,7 @@ class Stack(nn.Module):
 
         self.embedding_norm = norm(config.embedding_size) if config.embedding_norm else None
         self.lift = _lift(config, known, norm)
-        sharing = _sharing(config, known)
+        sharing = _sharing(config)
         layers, scored = [], False
         for layer in range(depth):
             known["layer"] = layer
@@ -130,8 +132,12 @@ class Stack(nn.Module):
             )
         self.adapters = nn.ModuleDict()  # before the first of the wide layers, and before the first behind them
         if sharing is not None and sharing.width is not None:
-            for place, (dim, width) in ((1, (config.hidden_size, sharing.width)), (depth - 1, (sharing.width, config.hidden_size))):
+            narrow, wide = config.hidden_size, sharing.width
+            for place, dim, width in ((1, narrow, wide), (depth - 1, wide, narrow)):
                 self.adapters[str(place)] = Adapter(dim=dim, width=width, norm=norm, dropout=ADAPTER_DROPOUT)
+        self.streams = _streams(layers)
+        if self.streams > 1 and self.adapters:
+            raise FormwrightError("Reversible blocks have one width: leave out the width of shared layers.")
         self.norm = norm(config.hidden_size) if layers[-1].block.final_norm else None
         for module in self.modules():
             if not hasattr(module, "stack"):
@@ -164,7 +170,7 @@ class Stack(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b n d"],
+        x: Float[Tensor, "b n r"],  # as wide as the embeddings
         context: Context,
         cross: Context | None = None,
         cache: Cache | None = None,
@@ -182,11 +188,16 @@ class Stack(nn.Module):
         if self.lift is not None:
             lifting = None if own_cache is None or self.lift.mixer is None else own_cache.layers[len(self.layers)]
             x = self.lift(x, replace(context.at_layer(cache=lifting), attentions=None))
+        x = torch.cat([x] * self.streams, -1) if self.streams > 1 else x
+        watched = cache is not None or hidden_states is not None or context.attentions is not None
+        steps: list[reversible.Step] | None = None
+        if self.streams > 1 and self.training and torch.is_grad_enabled() and not watched:
+            steps = []  # run at the end, all together
         for i, layer in enumerate(self.layers):
             if str(i) in self.adapters:
                 x = self.adapters[str(i)](x)
             if hidden_states is not None:
-                hidden_states.append(x)
+                hidden_states.append(self._joined(x))
             here = context.at_layer(
                 cache=None if own_cache is None else own_cache.layers[i],
                 shared_position=self.position if layer.uses_position else None,
@@ -196,7 +207,13 @@ class Stack(nn.Module):
                 there = cross.at_layer(
                     cache=None if cross_cache is None else cross_cache.layers[i], shared_position=self.cross_position
                 )
-            x = layer(x, here, there)
+            if steps is None:
+                x = layer(x, here, there)
+            else:
+                steps += layer.block.steps(here, there)
+        if steps is not None:
+            x = reversible.run(steps, x)
+        x = self._joined(x)
         if self.norm is not None:
             x = self.norm(x)
         if hidden_states is not None:
@@ -204,8 +221,22 @@ class Stack(nn.Module):
         return x
 
 
-def _sharing(config: TransformerConfig, known: dict[str, Any]) -> Sharing | None:
-    return None if parse_spec(config.sharing)["name"] == "none" else build("sharing", config.sharing, **known)
+    def _joined(self, x: Tensor) -> Tensor:
+        """The mean of the streams."""
+        return x if self.streams == 1 else torch.stack(x.chunk(self.streams, -1)).mean(0)
+
+
+def _streams(layers: Sequence[TransformerLayer]) -> int:
+    found = {getattr(layer.block, "streams", 1) for layer in layers}
+    if len(found) > 1:
+        raise FormwrightError("Reversible blocks stand in every layer or in none.")
+    return found.pop()
+
+
+def _sharing(config: TransformerConfig) -> Sharing | None:
+    if parse_spec(config.sharing)["name"] == "none":
+        return None
+    return build("sharing", config.sharing, dim=config.hidden_size)
 
 
 def _wide_sizes(sharing: Sharing) -> dict[str, Any]:
@@ -227,7 +258,8 @@ def _lift(config: TransformerConfig, known: dict[str, Any], norm: NormFactory) -
         position = build("position", spec, **known | sizes)
         return position if hooks(position) & SCORE_HOOKS else None
 
-    return build("embedding", config.embedding, norm=norm, make_position=make_position, dropout=config.dropout, **known)
+    given = {"dim": config.hidden_size, "causal": known["causal"], "dropout": config.dropout, "norm": norm}
+    return build("embedding", config.embedding, make_position=make_position, **given)
 
 
 def _shared_position(config: TransformerConfig, known: dict[str, Any]) -> nn.Module | None:
@@ -380,6 +412,11 @@ class TransformerPreTrainedModel(PreTrainedModel):
             dropout=config.dropout,
             tables=_tables(config),
         )
+
+    def _adjust_bias(self, output_embeddings: nn.Module, input_embeddings: Any) -> None:
+        """transformers pads the bias of whatever is tied to the length of a vocabulary; shared layers have none."""
+        if output_embeddings is self.get_output_embeddings():
+            super()._adjust_bias(output_embeddings, input_embeddings)
 
     def set_attn_implementation(self, attn_implementation: Any, *_args: Any, **_kwargs: Any) -> None:
         raise FormwrightError(

@@ -31,7 +31,7 @@ class TransformerConfig(PreTrainedConfig):
         slot empty).
         cross_mixer: the mixer that reads the encoder's output.
         cross_position: the position of that mixer, one for all layers, such as "t5"; T5 itself has none there.
-        embedding: how narrow token embeddings are lifted to hidden_size, such as "safe(rank=64)"; none = they are as wide.
+        embedding: how narrow token embeddings are lifted to hidden_size, such as "safe(rank=64)"; none = no narrower.
         sharing: which layers use the same matrices, such as "sandwich"; none = each its own.
         init: initialisation scheme.
         image_size, patch_size, num_channels: images instead of ids when image_size > 0.
@@ -118,10 +118,11 @@ class TransformerConfig(PreTrainedConfig):
         if parse_spec(self.embedding)["name"] != "none":
             if self.vocab_size < 1 or self.image_size:
                 raise FormwrightError(
-                    f"embedding={self.embedding!r} narrows a table of tokens, and this model reads images: leave it out."
+                    f"embedding={self.embedding!r} narrows a table of tokens and this model reads images: leave it out."
                 )
-            if not isinstance(parse_spec(self.embedding).get("rank"), int):
-                raise FormwrightError(f"embedding={self.embedding!r} needs the width of its table: rank=...")
+            rank = parse_spec(self.embedding).get("rank")
+            if not isinstance(rank, int) or rank < 1:
+                raise FormwrightError(f"embedding={self.embedding!r} needs the width of its table: rank=1 or more.")
         self.is_encoder_decoder = self.architecture == "encoder-decoder"
         self.is_decoder = self.architecture == "decoder"
         super().__post_init__(**kwargs)

@@ -101,7 +101,7 @@ class _Head(TransformerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def _read(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def _read(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
         """What a language model's head reads: at the width of the embeddings it is tied to, times a constant where the
         initialisation scheme has one.
         """

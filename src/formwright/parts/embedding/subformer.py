@@ -1,7 +1,7 @@
 """SAFE: narrow token embeddings, lifted to the model's width by a layer of self-attention.
 
-Paper    Reid, Marrese-Taylor, Matsuo: Subformer (Findings of EMNLP 2021), arXiv:2101.00234. The linear lift is ALBERT's:
-         Lan et al. (ICLR 2020), arXiv:1909.11942.
+Paper    Reid, Marrese-Taylor, Matsuo: Subformer (Findings of EMNLP 2021), arXiv:2101.00234. The linear lift is
+         ALBERT's: Lan et al. (ICLR 2020), arXiv:1909.11942.
 Idea     A vocabulary of V tokens costs V r numbers and not V d. Attention at width r lets a token take from its
          neighbours what its own r numbers do not say.
 

@@ -18,7 +18,8 @@ Idea     The first layer reads embeddings and the last one writes what is predic
          `all` shares every layer (ALBERT, Universal Transformer) and `all-but-last` all except the last: the paper's
          comparisons, both without width.
 Differs  What stays a layer's own is every module whose parameters are all vectors: norms and learned scales. In the
-         release's code that is the layer norms. What a position keeps in a matrix is shared as well.
+         release's code that is the layer norms. What a position keeps in a matrix is shared as well. A later version of
+         the release also multiplies by learned vectors of each layer, which the paper does not have.
 """
 
 from collections.abc import Sequence
@@ -110,7 +111,7 @@ def paper_heads(width: int) -> int:
     return width // size
 
 
-def shared_names(layers: Sequence[nn.Module], owners: Sequence[int]) -> dict[str, str]:
+def shared_names(layers: nn.ModuleList, owners: Sequence[int]) -> dict[str, str]:
     """Which parameter is whose: {"2.mixer.out.weight": "1.mixer.out.weight", ...}, those that follow an owner.
 
     Raises:

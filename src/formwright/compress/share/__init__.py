@@ -1,0 +1,1 @@
+"""Let layers of a trained model use the same weights."""
