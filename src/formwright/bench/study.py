@@ -1,8 +1,8 @@
 """A study: a comparison that is written down, with what the papers say of each candidate and a computed answer.
 
 A study is a YAML file: the arguments of `compare`, `says` with the papers' statements, and `finding`, the question that
-is answered from the records; or, with `kind: costs`, the arguments of `costs.measure`. Those of
-`formwright/bench/studies` are run by their name:
+is answered from the records; or, with `kind: costs` or `kind: approximation`, the arguments of `costs.measure` or
+`approximation.run`. Those of `formwright/bench/studies` are run by their name:
 
     formwright study extrapolation --out runs/extrapolation
 """
@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from rich.console import Console
 
 from formwright import catalog
-from formwright.bench import cost_report, costs
+from formwright.bench import approximation, approximation_report, cost_report, costs
 from formwright.bench.compare import Match, compare
 from formwright.bench.records import Record, Records, environment, reading
 from formwright.bench.summary import Summary, label, readings_table, table
@@ -88,7 +88,34 @@ class Costs(BaseModel):
     threads: int = 1
 
 
-Study = Comparison | Costs
+class Approximation(BaseModel):
+    """How near attention functions come to softmax attention, at equal work.
+
+    Attributes:
+        title, question: as above.
+        budgets: shares of exact attention's FLOPs.
+        methods: by name, the settings that are tried.
+        models, length, rows, chosen_on, steps: see `formwright.bench.approximation`.
+        threads: as above.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    question: str
+    kind: Literal["approximation"]
+    budgets: list[PositiveFloat] = Field(min_length=1)
+    methods: dict[str, list[str]]
+    models: list[approximation.Name] = ["minilm", "decoder"]
+    length: int = 512
+    rows: int = 4
+    chosen_on: int = 2
+    steps: int = 900
+    threads: int = 1
+
+
+Study = Comparison | Costs | Approximation
+KINDS: dict[str, type[Study]] = {"costs": Costs, "approximation": Approximation}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +151,8 @@ def read_study(source: str | Path) -> Study:
         raise FormwrightError(f"{source} is no study: give a YAML file, or one of {', '.join(names())}.")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kind = Costs if isinstance(given, dict) and given.get("kind") == "costs" else Comparison
-        return kind.model_validate(given)
+        kind = str(given.get("kind")) if isinstance(given, dict) else ""
+        return KINDS.get(kind, Comparison).model_validate(given)
     except (yaml.YAMLError, UnicodeDecodeError) as wrong:
         raise FormwrightError(f"{path} is no YAML: {str(wrong).splitlines()[0]}.") from wrong
     except ValidationError as wrong:
@@ -148,7 +175,7 @@ def study(
     Args:
         source: the name of a study that comes with Formwright, or a YAML file.
         out: the run's folder; the same call goes on where a stopped one was.
-        workers: trials at once, none = one a core; or threads where costs are measured, none = as the study says.
+        workers: trials at once, none = one a core; or threads where there are no trials, none = as the study says.
         data: the data folder; none = $FORMWRIGHT_DATA.
         command: how the report says it was run.
         console: where progress goes.
@@ -158,10 +185,13 @@ def study(
     """
     plan = read_study(source)
     console = console or Console(stderr=True)
+    if not isinstance(plan, Comparison) and data is not None:
+        what = "costs" if isinstance(plan, Costs) else "approximations"
+        raise FormwrightError(f"{source} measures {what} and reads no data: leave the data folder out.")
     if isinstance(plan, Costs):
-        if data is not None:
-            raise FormwrightError(f"{source} measures costs and reads no data: leave the data folder out.")
         studied = _costs(plan, Path(out), workers, command, console)
+    elif isinstance(plan, Approximation):
+        studied = _approximation(plan, Path(out), workers, command, console)
     else:
         studied = _comparison(plan, source, Path(out), workers, data, command, console)
     path = Path(out) / "study.json"
@@ -208,6 +238,42 @@ def _costs(plan: Costs, out: Path, threads: int | None, command: str | None, con
             cost_report.table(f"{phase}, {dtype}", group, sorted(plan.lengths))
             for (dtype, phase), group in cost_report.groups(curves).items()
         ],
+    )
+
+
+def _approximation(
+    plan: Approximation, out: Path, threads: int | None, command: str | None, console: Console
+) -> Studied:
+    """Errors are measured in this process."""
+    torch.set_num_threads(threads or plan.threads)
+    points = approximation.run(
+        plan.methods,
+        models=plan.models,
+        length=plan.length,
+        rows=plan.rows,
+        chosen_on=plan.chosen_on,
+        steps=plan.steps,
+        folder=out,
+        said=lambda sentence: console.print(sentence, markup=False, highlight=False),
+    )
+    budgets = sorted(set(plan.budgets))
+    curves = approximation.curves(points, budgets)
+    about = (
+        f"{plan.rows} rows of {plan.length} tokens, all layers and heads; settings chosen on {plan.chosen_on} other "
+        f"rows; the decoder trained for {plan.steps} steps."
+    )
+    found: dict[str, Any] = {
+        "title": plan.title,
+        "question": plan.question,
+        "about": about,
+        "budgets": budgets,
+    }
+    found |= approximation.finding(curves, budgets)
+    report = approximation_report.write(out, plan.title, plan.question, found["answer"], curves, budgets, command)
+    return Studied(
+        found=found | {"approximations": approximation.as_data(curves, budgets), "environment": environment()},
+        report=report,
+        tables=[*approximation_report.tables(curves, budgets), found["answer"]],
     )
 
 

@@ -10,7 +10,9 @@ import typer
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="A study of Formwright's, extrapolation or costs, or a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(help="A study of Formwright's: extrapolation, costs, approximation; or a YAML file.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run; the same command goes on where a stopped one was.")],
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trials at once, or threads; without it one a core.")
@@ -18,7 +20,8 @@ def study(
     data: Annotated[Path | None, typer.Option(help="Data folder; default $FORMWRIGHT_DATA.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Run a study: a written comparison with the papers' statements, or what mixers cost as sequences grow.
+    """Run a study: a written comparison with the papers' statements, what mixers cost as sequences grow, or how near
+    attention functions come to softmax attention.
 
     Example: formwright study extrapolation --out runs/extrapolation
 

@@ -173,11 +173,26 @@ def nearest_attention_reference(
     return attend_found(q, k, v, found, scaling=scaling), found
 
 
+def products(q: Float[Tensor, "b h q c"], k: Float[Tensor, "b g k c"], *, search: Search, causal: bool = False) -> int:
+    """How many products of two vectors the search takes, those among the keys for its index included; those of the
+    simple indices, where candidates are put in an order, are not."""
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    limit = torch.arange(keys - queries, keys, device=q.device) if causal else torch.full((queries,), keys)
+    taken = 0
+    for row in range(len(q)):
+        for head in range(heads):
+            index = _Index(k[row, head * k.shape[1] // heads], search, causal)
+            index.look(q[row, head], limit.to(q.device))
+            taken += index.products
+    return taken
+
+
 class _Index:
     """The points of each level and the cells they lie in, as masks."""
 
     def __init__(self, points: Float[Tensor, "n c"], search: Search, causal: bool) -> None:
         self.points, self.search = points, search
+        self.products = 0  # taken so far
         n = len(points)
         self.squares = points.square().sum(-1)
         self.ceiling = self.squares.cummax(0).values if causal else self.squares.max().expand(n)
@@ -221,6 +236,7 @@ class _Index:
             most = wanted if level == lowest else view
             if self.search.prioritised:
                 allowed = allowed & self._candidates(x, lift, length, ceiling, others, allowed, most)
+            self.products += int(allowed.sum())
             best, ordinal = scores.masked_fill(~allowed, -torch.inf).topk(min(most, n), dim=-1)
             ordinal = ordinal.masked_fill(best == -torch.inf, -1)
             if level == lowest:
