@@ -146,8 +146,11 @@ class Stand(nn.Module):
         context = replace(context, carry={})  # one call, one forward of a model: nothing is carried over
         if self.slot == "norm":
             return self.module(x)
-        if self.slot == "block" and context.memory is not None:
-            return self.module(x, Context.of(x), context)
+        if self.slot == "block":
+            streams = getattr(self.module, "streams", 1)
+            here, there = (context, None) if context.memory is None else (Context.of(x), context)
+            x = self.module(torch.cat([x] * streams, -1), here, there)
+            return torch.stack(x.chunk(streams, -1)).mean(0)
         if self.slot == "position" and hasattr(self.part, "embed"):
             x = self.part.embed(x, context)
         return self.module(x, context)
