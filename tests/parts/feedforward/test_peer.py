@@ -235,3 +235,38 @@ def test_a_decoder_trains_with_it_in_the_middle_and_generates():
     generated = model.generate(ids, max_new_tokens=3, do_sample=False)
     again = model(generated[:, :-1], use_cache=False).logits[:, -3:].argmax(-1)
     assert torch.equal(generated[:, -3:], again)
+
+
+def library(ours):
+    """PEER-pytorch with our weights: its heads have keys of their own, here the same ones, and it has no norm."""
+    theirs = pytest.importorskip("PEER_pytorch", reason="PEER-pytorch is not installed").PEER(
+        ours.up.shape[1],
+        heads=ours.retrievals,
+        num_experts=ours.up.shape[0],
+        num_experts_per_head=ours.active,
+        dim_key=ours.keys.shape[2],
+        non_competing_scores=False,
+    )
+    with torch.no_grad():
+        theirs.weight_down_embed.weight.copy_(ours.up)
+        theirs.weight_up_embed.weight.copy_(ours.down)
+        queries = ours.query.view(ours.retrievals, 2, ours.keys.shape[2], -1)  # theirs: half, then head
+        theirs.to_queries[0].weight.copy_(queries.transpose(0, 1).flatten(0, 2))
+        theirs.keys.copy_(ours.keys.transpose(0, 1).expand_as(theirs.keys))
+    return theirs
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(("experts", "active"), [(64, 4), (1024, 16)])
+def test_outputs_and_gradients_equal_peer_pytorch(experts, active):
+    ours, x = layer(dim=16, experts=experts, active=active, query_norm="none"), draw(2, 31, 16)
+    theirs, g = library(ours), draw(2, 31, 16, seed=1)
+    y, z = ours(x), theirs(x)
+    torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-6)
+    (y * g).sum().backward()
+    (z * g).sum().backward()
+    torch.testing.assert_close(ours.up.grad, theirs.weight_down_embed.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.down.grad, theirs.weight_up_embed.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.keys.grad, theirs.keys.grad.sum(0).transpose(0, 1), rtol=1e-4, atol=1e-5)
+    queries = ours.query.grad.view(ours.retrievals, 2, ours.keys.shape[2], -1).transpose(0, 1).flatten(0, 2)
+    torch.testing.assert_close(queries, theirs.to_queries[0].weight.grad, rtol=1e-4, atol=1e-5)
