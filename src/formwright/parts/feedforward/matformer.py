@@ -17,7 +17,6 @@ Differs  Granularities are halvings, as in the paper (1/8, 1/4, 1/2, 1), rounded
 
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -52,65 +51,43 @@ class MatFormerFeedForward(nn.Module):
             )
         if form not in get_args(Form):
             raise FormwrightError(f"MatFormer nests {', '.join(get_args(Form))}; got {form!r}.")
-        self.form, self.dim, self.bias = form, dim, bias
+        self.form, self.bias = form, bias
         self.widths = [hidden >> halvings for halvings in reversed(range(granularities))]  # m_1 .. m_g
-        self.layer = self.plain(hidden)
+        self.layer: nn.Module = build("feedforward", form, dim=dim, hidden=hidden, bias=bias)
+        self.gated: bool = getattr(self.layer, "gated", False)
         self.granularity = granularities
 
-    def plain(self, hidden: int) -> nn.Module:
-        """A new plain layer of this kind."""
-        return build("feedforward", self.form, dim=self.dim, hidden=hidden, bias=self.bias)
+    def extra_repr(self) -> str:
+        return f"widths={self.widths}, granularity={self.granularity}"
 
     def forward(self, x: Float[Tensor, "b n d"], context: Context | None = None) -> Float[Tensor, "b n d"]:
-        width = self.widths[self.granularity - 1]
-        if width == self.widths[-1]:
+        if self.granularity == len(self.widths):
             return self.layer(x, context)
-        rows, row_bias, columns, bias = self.cut(width)
-        hidden = linear(x, rows, row_bias)
+        weights = self.cut(self.granularity)
+        hidden = linear(x, weights["up.weight"], weights.get("up.bias"))
         if self.gated:
             gate, value = hidden.chunk(2, dim=-1)
-            return linear(self.layer.activation(gate) * value, columns, bias)
-        return linear(self.layer.activation(hidden), columns, bias)
+            hidden = self.layer.activation(gate) * value
+        else:
+            hidden = self.layer.activation(hidden)
+        return linear(hidden, weights["down.weight"], weights.get("down.bias"))
 
-    @property
-    def gated(self) -> bool:
-        return getattr(self.layer, "gated", False)
-
-    def cut(
-        self, width: int
-    ) -> tuple[Float[Tensor, "rows d"], Float[Tensor, " rows"] | None, Float[Tensor, "d {width}"], Tensor | None]:
-        """W1[:m] (of a gate too), b1[:m], W2[:, :m] and b2.
+    def cut(self, granularity: int) -> dict[str, Tensor]:
+        """The weights of T_i by the names that a plain layer gives them: views, or copies of the rows of a gate.
 
         Raises:
             FormwrightError: something stands in place of a matrix, such as a quantised one.
         """
-        up, down = self.layer.up, self.layer.down
+        width, up, down = self.widths[granularity - 1], self.layer.up, self.layer.down
         for one in (up, down):
             if type(one) is not nn.Linear:
                 raise FormwrightError(
                     f"A nested layer is cut from plain matrices, and {type(one).__name__} is none: extract the "
                     "smaller model first (formwright.models.matformer.extract), then change it."
                 )
-        if self.gated:
-            rows, row_bias = self._pairs(up.weight, width), None if up.bias is None else self._pairs(up.bias, width)
-        else:
-            rows, row_bias = up.weight[:width], None if up.bias is None else up.bias[:width]
-        return rows, row_bias, down.weight[:, :width], down.bias
+        found = {"up.weight": self._rows(up.weight, width), "down.weight": down.weight[:, :width]}
+        return found | ({"up.bias": self._rows(up.bias, width), "down.bias": down.bias} if self.bias else {})
 
-    def _pairs(self, stacked: Float[Tensor, "both ..."], width: int) -> Float[Tensor, "pairs ..."]:
-        """The first rows of the gate and those of the value, one under the other."""
-        return stacked.unflatten(0, (2, -1))[:, :width].flatten(0, 1)
-
-    @torch.no_grad()
-    def extracted(self, granularity: int) -> nn.Module:
-        """The nested layer by itself: a plain layer with copies of its weights."""
-        width = self.widths[granularity - 1]
-        layer = self.plain(width).to(self.layer.up.weight)
-        targets = layer.up.weight, layer.up.bias, layer.down.weight, layer.down.bias
-        for target, source in zip(targets, self.cut(width), strict=True):
-            if target is not None:
-                target.copy_(source)
-                target.requires_grad_(source.requires_grad)
-        for mine, its in zip(self.layer.modules(), layer.modules(), strict=True):
-            its.__dict__.update({name: mine.__dict__[name] for name in ("stack", "place") if name in mine.__dict__})
-        return layer.train(self.training)
+    def _rows(self, of: Float[Tensor, "rows ..."], width: int) -> Float[Tensor, "cut ..."]:
+        """The first rows; of a gate and its values, one under the other, those of both."""
+        return of.unflatten(0, (2, -1))[:, :width].flatten(0, 1) if self.gated else of[:width]
