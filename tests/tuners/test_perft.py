@@ -174,6 +174,8 @@ def test_an_adapter_is_saved_as_safetensors_and_comes_back(variant, tmp_path):
     again = PeftModel.from_pretrained(base(), tmp_path, adapter_name="other").eval()
     assert again.peft_config["other"].activation == "silu"
     assert torch.equal(again(ids()).logits, model(ids()).logits)
+    light = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True).eval()  # adapters made on meta
+    assert torch.equal(light(ids()).logits, model(ids()).logits)
 
 
 def test_two_adapters_take_turns_and_come_off():
@@ -228,6 +230,19 @@ def test_the_balancing_loss_joins_the_loss_in_training_alone_and_sees_no_pads():
     as_tuple = model(text, attention_mask=mask, labels=labels, return_dict=False)
     torch.testing.assert_close(as_tuple[0], trained.loss)
     assert model(text).loss is None
+
+
+def test_jitter_of_the_models_router_is_what_the_adapters_read_too():
+    """Mixtral multiplies what its block is given in place, in training."""
+    model = tuned(PERFTConfig(variant="single", r=3, dropout=0.0), "mixtral", router_jitter_noise=0.5).train()
+    read = []
+    for layer in layers(model):
+        layer.base_layer.experts.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        adapters = layer.formwright_perft_adapters["default"]
+        adapters.register_forward_pre_hook(lambda _, given: read.append(given[0].flatten(0, 1)))
+    model(ids(), labels=ids()).loss.backward()
+    assert torch.equal(read[0], read[1])
+    assert torch.equal(read[2], read[3])
 
 
 def test_balance_follows_the_model_where_it_is_not_set():
