@@ -294,7 +294,7 @@ def _comparison(
     result = compare(**asked, out=out, workers=workers, data=data, command=command, console=console)
     found = findings(plan, result.summary, list(Records(out)))
     tables = [table(result.summary), *([readings_table(result.summary)] if plan.read else [])]
-    tables += [found["answer"]] if "answer" in found else result.summary.sentences()
+    tables.append(found["answer"])
     return Studied(found=found, report=result.report, tables=tables, failed=result.failed)
 
 
@@ -320,7 +320,10 @@ def findings(plan: Comparison, summary: Summary, records: list[Record]) -> dict[
             }
         )
     answers = {"extrapolation": extrapolation}
-    answer = {} if plan.finding is None else answers[plan.finding](plan, summary.metric.name, rows)
+    if plan.finding is None:
+        answer: dict[str, Any] = {"answer": " ".join(summary.sentences())}
+    else:
+        answer = answers[plan.finding](plan, summary.metric.name, rows)
     return {
         "title": plan.title,
         "question": plan.question,

@@ -215,7 +215,9 @@ def _pre_norm(
 
 def sums(lengths: Int[Tensor, " n"]) -> Int[Tensor, " n+1"]:
     """Where each begins, and where the last ends."""
-    return F.pad(lengths.cumsum(0), (1, 0))
+    found = lengths.new_zeros(len(lengths) + 1)
+    torch.cumsum(lengths, 0, out=found[1:])
+    return found
 
 
 # One layer, laid out
