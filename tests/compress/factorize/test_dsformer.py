@@ -147,7 +147,7 @@ def test_no_step_adds_to_the_error_or_moves_the_support(step):
     for _ in range(4):
         before = error(blocks, basis, code)
         basis, stepped = step(blocks, basis, code)
-        assert torch.equal(stepped.index, code.index)
+        assert torch.equal(stepped.chosen, code.chosen)
         assert error(blocks, basis, stepped) <= before * (1 + 1e-6)
         before = error(blocks, basis, stepped)
         code = better(blocks, basis, stepped, pursue(blocks, basis, 3))
@@ -217,7 +217,7 @@ def test_gradients_reach_basis_values_and_input(by_outputs):
     x = torch.randn(3, weight.shape[1], dtype=torch.float64, requires_grad=True)
 
     def read(x, basis, values):
-        return F.linear(x, one.join(product(basis, Code(code.index, values))))
+        return F.linear(x, one.join(product(basis, Code(code.chosen, values))))
 
     given = (x, basis.clone().requires_grad_(), code.values.clone().requires_grad_())
     expected = torch.autograd.grad(read(*given).square().sum(), given)
@@ -301,7 +301,7 @@ def test_the_choice_follows_the_shadow_and_the_number_of_atoms_falls(monkeypatch
     model = tiny()
     modifier = DSFormer(ratio=1.5, atoms=8, steps=15, recode=2, refit=5, learning_rate=1e-2)
     modifier.apply(model)
-    before = {path: one.code.index.clone() for path, one in modifier.fits.items()}
+    before = {path: one.code.chosen.clone() for path, one in modifier.fits.items()}
     with straight_through(modifier.fits, Shadow, steps=12, recode=2, refit=5):
         assert sum(parametrize.is_parametrized(one) for one in model.modules()) == len(before)
         from formwright.training import Settings, fit
@@ -309,7 +309,7 @@ def test_the_choice_follows_the_shadow_and_the_number_of_atoms_falls(monkeypatch
         fit(model, Rows(), Settings(steps=12, batch_size=8, learning_rate=1e-2))
     assert not any(parametrize.is_parametrized(one) for one in model.modules())
     assert seen[0] > seen[-1] == next(iter(modifier.fits.values())).form.nonzeros
-    assert any(not torch.equal(one.code.index, before[path]) for path, one in modifier.fits.items())
+    assert any(not torch.equal(one.code.chosen, before[path]) for path, one in modifier.fits.items())
 
 
 # Whole models

@@ -22,11 +22,11 @@ AT_ONCE = 2**19  # numbers that coding keeps at a time: they fit a processor's c
 class Code(NamedTuple):
     """The atoms of each row, all different, and their values."""
 
-    index: Int[Tensor, "g p s"]
+    chosen: Int[Tensor, "g p s"]
     values: Float[Tensor, "g p s"]
 
     def dense(self, atoms: int) -> Float[Tensor, "g p r"]:
-        return self.values.new_zeros(*self.values.shape[:2], atoms).scatter(-1, self.index, self.values)
+        return self.values.new_zeros(*self.values.shape[:2], atoms).scatter(-1, self.chosen, self.values)
 
 
 def product(basis: Float[Tensor, "g r q"], code: Code) -> Float[Tensor, "g p q"]:
@@ -67,7 +67,7 @@ def pursue(blocks: Float[Tensor, "g p q"], basis: Float[Tensor, "g r q"], nonzer
     """Orthogonal matching pursuit of all rows, many at a time."""
     size = max(1, AT_ONCE // (len(blocks) * nonzeros * basis.shape[1]))
     parts = [_pursue(rows, basis, nonzeros) for rows in blocks.split(size, 1)]
-    return Code(torch.cat([one.index for one in parts], 1), torch.cat([one.values for one in parts], 1))
+    return Code(torch.cat([one.chosen for one in parts], 1), torch.cat([one.values for one in parts], 1))
 
 
 def _pursue(blocks: Float[Tensor, "g p q"], basis: Float[Tensor, "g r q"], nonzeros: int) -> Code:
@@ -106,7 +106,7 @@ def better(blocks: Float[Tensor, "g p q"], basis: Float[Tensor, "g r q"], old: C
     """Of two codes of a row the nearer."""
     errors = [(blocks - product(basis, code)).square().sum(-1, keepdim=True) for code in (old, new)]
     keeps = errors[0] <= errors[1]
-    return Code(torch.where(keeps, old.index, new.index), torch.where(keeps, old.values, new.values))
+    return Code(torch.where(keeps, old.chosen, new.chosen), torch.where(keeps, old.values, new.values))
 
 
 def least_squares_step(
@@ -121,8 +121,8 @@ def least_squares_step(
     old = torch.where(used[..., None], ridge[..., None], 1.0) * basis
     made = torch.linalg.solve(products + torch.diag_embed(ridge), coefficients.mT @ blocks + old)
     norms = nonzero(made.norm(dim=-1))
-    values = code.values * norms[:, None].expand(-1, blocks.shape[1], -1).gather(-1, code.index)
-    return made / norms[..., None], Code(code.index, values)
+    values = code.values * norms[:, None].expand(-1, blocks.shape[1], -1).gather(-1, code.chosen)
+    return made / norms[..., None], Code(code.chosen, values)
 
 
 def k_svd_step(
@@ -142,7 +142,7 @@ def k_svd_step(
         new = (without @ found[..., None]).squeeze(-1)
         left = torch.where(users[..., None], without - new[..., None] * found[:, None], left)
         basis[:, atom], coefficients[..., atom] = found, torch.where(users, new, 0)
-    return basis, Code(code.index, coefficients.gather(-1, code.index))
+    return basis, Code(code.chosen, coefficients.gather(-1, code.chosen))
 
 
 def nonzero(norm: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -160,8 +160,8 @@ class DenseSparseLinear(Rebuilt):
         made = cls(form=form, bias=bias is not None).to(basis)
         made.basis.copy_(basis)
         made.values.copy_(code.values.transpose(0, 1))
-        made.packed.copy_(pack(code.index.transpose(0, 1), index_bits(form.atoms)))
-        if bias is not None:
+        made.packed.copy_(pack(code.chosen.transpose(0, 1), index_bits(form.atoms)))
+        if made.bias is not None and bias is not None:
             made.bias.copy_(bias)
         return made
 
@@ -444,10 +444,8 @@ class DSFormer(Modifier):
         for site in sites(model):
             possible = tuple(self.formats(site))
             if possible not in chosen:
-                alone = len(possible) == 1
-                chosen[possible] = (
-                    possible[0] if alone else min(possible, key=lambda form, site=site: self.error(site, form))
-                )
+                errors = [self.error(site, form) for form in possible] if len(possible) > 1 else [0.0]
+                chosen[possible] = possible[errors.index(min(errors))]
             self.fits[site.path] = self.fit(site, chosen[possible], self.rounds)
 
     def formats(self, site: Site) -> list[Format]:
@@ -492,7 +490,7 @@ class DSFormer(Modifier):
         weight = site.matrix.values
         blocks = form.cut(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         basis, code = factorise(blocks, form.atoms, form.nonzeros, rounds=rounds, recipe=self.recipe)
-        return Fit(site, form, basis.to(weight.dtype), Code(code.index, code.values.to(weight.dtype)))
+        return Fit(site, form, basis.to(weight.dtype), Code(code.chosen, code.values.to(weight.dtype)))
 
     def put(self, model: PreTrainedModel) -> None:
         """The factors in place of the weights."""

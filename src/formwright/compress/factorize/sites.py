@@ -1,6 +1,7 @@
 """The matrices of a model that factorisation replaces: the projections of attention and feed-forward layers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,10 +37,11 @@ def sites(model: PreTrainedModel) -> list[Site]:
         FormwrightError: the family is unknown, or none is left.
     """
     named = _ours(model) if isinstance(model, TransformerPreTrainedModel) else _theirs(model)
+    modules: dict[str, Any] = {path: model.get_submodule(path) for path in named}
     found = [
-        Site(Matrix(path, module), head_dim, makes_heads)
-        for path, (head_dim, makes_heads) in named.items()
-        if type(module := model.get_submodule(path)) in (nn.Linear, Conv1D) and module.weight.is_floating_point()
+        Site(Matrix(path, module), *named[path])
+        for path, module in modules.items()
+        if type(module) in (nn.Linear, Conv1D) and module.weight.is_floating_point()
     ]
     if not found:
         raise FormwrightError(f"{type(model).__name__} has no plain projections left to factorise: factorise it first.")
