@@ -83,7 +83,7 @@ class PEER(nn.Module):
         key_dim: width c of a query and a key, halved for the sub-keys.
         activation: of the experts' neurons.
         gate: over the k scores of a head, or of each score alone.
-        query_norm: batch normalisation of the queries, which evens out the use of the experts, or none.
+        query_norm: whether queries are batch-normalised, which evens out the use of the experts.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PEER(nn.Module):
         key_dim: int = 128,
         activation: Literal["gelu", "relu"] = "gelu",
         gate: Literal["softmax", "sigmoid"] = "softmax",
-        query_norm: Literal["batch", "none"] = "batch",
+        query_norm: bool = True,
     ) -> None:
         super().__init__()
         side = math.isqrt(max(0, experts))
@@ -113,7 +113,6 @@ class PEER(nn.Module):
         for name, value, choices in (
             ("activation", activation, ("gelu", "relu")),
             ("gate", gate, ("softmax", "sigmoid")),
-            ("query_norm", query_norm, ("batch", "none")),
         ):
             if value not in choices:
                 raise FormwrightError(f"PEER's {name} is {' or '.join(choices)}, got {value!r}.")
@@ -121,7 +120,7 @@ class PEER(nn.Module):
         self.query = nn.Parameter(torch.empty(retrievals * key_dim, dim))
         self.keys = nn.Parameter(torch.empty(2, side, key_dim // 2))
         self.up, self.down = (nn.Parameter(torch.empty(experts, dim)) for _ in range(2))
-        self.norm = TokenNorm(retrievals * key_dim) if query_norm == "batch" else None
+        self.norm = TokenNorm(retrievals * key_dim) if query_norm else None
         self.usage = Usage(experts)
         self.reset_parameters()
 
