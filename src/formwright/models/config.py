@@ -67,8 +67,8 @@ class TransformerConfig(PreTrainedConfig):
     block: str | dict | list = "pre"
     cross_mixer: str | dict = "softmax"
     cross_position: str | dict = "none"
-    embedding: str | dict = "none"
-    sharing: str | dict = "none"
+    embedding: str | dict | None = "none"
+    sharing: str | dict | None = "none"
     init: str | dict = "normal"
     image_size: int = 0
     patch_size: int = 4
@@ -115,6 +115,10 @@ class TransformerConfig(PreTrainedConfig):
                 'A class token stands in front of an image\'s patches and is what pooling="first" reads; '
                 f"got image_size={self.image_size} and pooling={self.pooling!r}."
             )
+        self.embedding, self.sharing = (
+            self.embedding or "none",
+            self.sharing or "none",
+        )  # `compare` hands none on as None
         if parse_spec(self.embedding)["name"] != "none":
             if self.vocab_size < 1 or self.image_size:
                 raise FormwrightError(

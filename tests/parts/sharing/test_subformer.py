@@ -157,8 +157,13 @@ def test_bad_input_is_refused():
             model(**options)
 
 
+def test_none_may_be_a_word_or_none():
+    config = TransformerConfig(sharing=None, embedding=None)
+    assert (config.sharing, config.embedding) == ("none", "none")
+
+
 def test_heads_are_as_in_the_paper():
-    assert [paper_heads(width) for width in (512, 640, 1024, 2048, 320, 300)] == [8, 8, 16, 16, 5, 10]
+    assert [paper_heads(width) for width in (512, 640, 1024, 2048, 320, 300, 48)] == [8, 8, 16, 16, 5, 10, 1]
     with pytest.raises(FormwrightError, match="heads="):
         paper_heads(307)
 

@@ -61,7 +61,8 @@ class SelfAttentive(nn.Module):
         norm: makes a norm of a given width.
         make_position: makes the position on this attention's scores, for models that have one.
         dropout: of what the two sub-layers give.
-        heads: of the attention; none = as the paper chooses them, of size 64 where that divides r, else r/10.
+        heads: of the attention; none = as the paper chooses them, of size 64 where that divides r, else r/10;
+            one below 64.
     """
 
     def __init__(

@@ -99,13 +99,13 @@ class AllButLast(Sharing):
 
 def paper_heads(width: int) -> int:
     """The paper's heads: of size 64 where that divides the width (128 beyond a width of 1024; 80 at 640), else of a
-    tenth of it.
+    tenth of it. Below 64, where the paper has no models, one head.
 
     Raises:
         FormwrightError: neither divides it.
     """
     size = 80 if width == 640 else 128 if width > 1024 and width % 128 == 0 else 64
-    size = size if width % size == 0 else max(1, width // 10)
+    size = width if width < 64 else size if width % size == 0 else width // 10
     if width % size:
         raise FormwrightError(f"The paper has no heads for a width of {width}: say how many with heads=.")
     return width // size
