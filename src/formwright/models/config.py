@@ -115,10 +115,8 @@ class TransformerConfig(PreTrainedConfig):
                 'A class token stands in front of an image\'s patches and is what pooling="first" reads; '
                 f"got image_size={self.image_size} and pooling={self.pooling!r}."
             )
-        self.embedding, self.sharing = (
-            self.embedding or "none",
-            self.sharing or "none",
-        )  # `compare` hands none on as None
+        # `compare` hands none on as None
+        self.embedding, self.sharing = self.embedding or "none", self.sharing or "none"
         if parse_spec(self.embedding)["name"] != "none":
             if self.vocab_size < 1 or self.image_size:
                 raise FormwrightError(
