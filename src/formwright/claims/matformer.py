@@ -42,8 +42,8 @@ WIDTHS = (32, 64, 128, 256)
 LAYERS = {"smoke": 2, "full": 4}
 TEXT = {"smoke": "char-lm(length=32, test=0.01, validation=0.01)", "full": "char-lm(validation=0.05)"}
 RATES = {"smoke": (8e-3,), "full": (4e-3, 8e-3, 16e-3)}
-STEPS = {"smoke": 4, "full": 400}
-MIXED_ON = {"smoke": 2, "full": 48}  # windows of the test text that all mixtures are read on
+STEPS = {"smoke": 4, "full": 300}
+MIXED_ON = {"smoke": 2, "full": 24}  # windows of the test text that all mixtures are read on
 PROMPTS = {"smoke": 1, "full": 8}
 
 
