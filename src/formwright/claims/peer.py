@@ -8,10 +8,10 @@ Here   A byte model of two layers and width 64, every feed-forward layer replace
        drawn from 7.5 MB of film reviews, an eighth of them. PEER with 4 heads of 16 experts, keys of width 16, and
        16^2, 64^2 or 128^2 experts of one neuron.
 Fair   The dense layer and the mixture (8 experts, each token to its best one) have the widths that give them the FLOPs
-       of PEER with 128^2 experts, queries, keys and router included. Same text, order and steps; every arm gets the better
-       of two learning rates, a factor of 3 apart, by validation text. Experts start as their papers' layers do, the
-       dense layer and all else by the model's scheme. Parameters are not equal: that they come without compute is the
-       claim.
+       of PEER with 128^2 experts, queries, keys and router included. Same text, order and steps; every arm gets the
+       better of two learning rates, a factor of 3 apart, by validation text. Experts start as their papers' layers do,
+       the dense layer and all else by the model's scheme. Parameters are not equal: that they come without compute is
+       the claim.
 Rule   loss = nats a byte of the test text.
        holds                in every seed PEER with 128^2 experts is below the dense layer and below the mixture, and a
                             paired t-test says so of each (p < 0.05)
@@ -29,10 +29,12 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from formwright.bench.statistics import paired_t
 from formwright.claims import Claim, Outcome, Scale, Verdict
 from formwright.models.transformer import TransformerConfig, TransformerForCausalLM
+from formwright.parts.feedforward import Usage
 from formwright.parts.feedforward.peer import PEER
 from formwright.tasks.base import Task
 from formwright.tasks.support.files import folder, read_table
@@ -48,12 +50,12 @@ STEPS = {"smoke": 3, "full": 450}
 READ = {"smoke": (60_000, 4_000), "full": (7_500_000, 200_000)}  # bytes to train and to test on
 
 
-def peer(side: int, *, norm: bool = True) -> dict[str, str | int]:
+def peer(side: int, *, norm: bool = True) -> dict[str, Any]:
     options = f"experts={side * side}, retrievals=4, active=16, key_dim=16, query_norm={norm}"
     return {"feedforward": f"peer({options})"}
 
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "dense": {"feedforward": "gelu(bias=False)", "intermediate_size": WIDTHS["dense"]},
     "moe": {"feedforward": "moe(experts=8, active=1, routing=plain)", "intermediate_size": WIDTHS["moe"]},
     **{f"peer {side}^2": peer(side) for side in SIDES},
@@ -105,13 +107,13 @@ def trained(arm: str, scale: Scale, seed: int) -> tuple[float, TransformerForCau
         tried.append((evaluate(model, task, "validation").metrics["loss"], rate, model))
     best = min(tried)[2]
     for module in best.modules():
-        if hasattr(module, "usage"):
-            module.usage.reset_parameters()
+        if isinstance(module, Usage):
+            module.reset_parameters()
     return evaluate(best, task, "test").metrics["loss"], best
 
 
 def _losses(outcomes: Sequence[Outcome], arm: str) -> list[float]:
-    return [(o.measured | o.baseline)[f"loss {arm}"] for o in outcomes]
+    return [{**o.measured, **o.baseline}[f"loss {arm}"] for o in outcomes]
 
 
 def compute_verdict(outcomes: Sequence[Outcome]) -> Verdict:
@@ -136,7 +138,8 @@ def experts_verdict(outcomes: Sequence[Outcome]) -> Verdict:
 
 def norm_verdict(outcomes: Sequence[Outcome]) -> Verdict:
     def both(what: str) -> tuple[list[float], list[float]]:
-        return tuple([o.measured[f"{what} {arm}"] for o in outcomes] for arm in NORMS)
+        ours, plain = ([o.measured[f"{what} {arm}"] for o in outcomes] for arm in NORMS)
+        return ours, plain
 
     used, uneven, loss = both("used"), both("uneven"), both("loss")
     every = all(a > b for a, b in zip(*used, strict=True)) and all(a < b for a, b in zip(*uneven, strict=True))

@@ -171,22 +171,22 @@ def _top_pairs(a: Tensor, b: Tensor, k: int) -> Tensor:
 
 
 @_dots.register_fake
-def _(x, table, index):  # noqa: ARG001
+def _(x: Tensor, table: Tensor, index: Tensor) -> Tensor:  # noqa: ARG001
     return x.new_empty(index.shape)
 
 
 @_sums.register_fake
-def _(w, table, index):  # noqa: ARG001
+def _(w: Tensor, table: Tensor, index: Tensor) -> Tensor:  # noqa: ARG001
     return w.new_empty(w.shape[0], table.shape[1])
 
 
 @_scatter.register_fake
-def _(w, x, index, rows):  # noqa: ARG001
+def _(w: Tensor, x: Tensor, index: Tensor, rows: int) -> Tensor:  # noqa: ARG001
     return x.new_empty(rows, x.shape[1])
 
 
 @_top_pairs.register_fake
-def _(a, b, k):  # noqa: ARG001
+def _(a: Tensor, b: Tensor, k: int) -> Tensor:  # noqa: ARG001
     return a.new_empty(a.shape[0], k, dtype=torch.long)
 
 
@@ -221,10 +221,10 @@ _scatter.register_autograd(_scatter_backward, setup_context=_save)
 
 
 @register_flop_formula([torch.ops.formwright.row_dots, torch.ops.formwright.row_sums])
-def _flops(first, table, index, *_, **__):  # noqa: ARG001
+def _flops(first: Any, table: Any, index: Any, *_: Any, **__: Any) -> int:  # noqa: ARG001
     return 2 * index[0] * index[1] * table[1]
 
 
 @register_flop_formula(torch.ops.formwright.row_scatter)
-def _scatter_flops(w, x, *_, **__):
+def _scatter_flops(w: Any, x: Any, *_: Any, **__: Any) -> int:
     return 2 * w[0] * w[1] * x[1]

@@ -24,6 +24,7 @@ Differs  The balance loss of transformers' Mixtral is k times ours. Switch's cap
          no biases.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -37,7 +38,7 @@ from formwright.errors import FormwrightError
 from formwright.ops.linear import linear
 from formwright.parts.feedforward import Usage
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu, "geglu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu, "geglu": F.gelu}
 FEW = 16  # tokens an expert, below which one product of all groups is quicker than one for each
 
 
@@ -157,7 +158,8 @@ class MoE(nn.Module):
                 context.add_loss("router z", self.z * router_z_loss(logits, weight))
         if torch.compiler.is_compiling():
             weights = zip(gates.unbind(1), self.up.unbind(), self.down.unbind(), strict=True)
-            y = sum(gate[:, None] * self._expert(tokens, up, down) for gate, up, down in weights)
+            parts = [gate[:, None] * self._expert(tokens, up, down) for gate, up, down in weights]
+            y = torch.stack(parts).sum(0)
         else:
             y = self._grouped(tokens, gates, chosen)
         y = y.to(x.dtype).view_as(x)
