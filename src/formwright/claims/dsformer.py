@@ -43,8 +43,8 @@ from formwright.training import evaluate, fit, seeded
 
 SEEDS = (0, 1, 2)
 RATIOS = (2.0, 2.8, 3.57)
-LAYERS = 3
-STEPS, FURTHER = {"smoke": 3, "full": 150}, {"smoke": 5, "full": 80}
+LAYERS, ROUNDS = 3, {"smoke": 1, "full": 4}
+STEPS, FURTHER = {"smoke": 3, "full": 150}, {"smoke": 5, "full": 60}
 RATES = {"smoke": (1e-3,), "full": (1e-4, 4e-4)}
 ARMS = ("dense", "svd", "fixed choice", "straight-through")
 
@@ -85,7 +85,7 @@ def first(texts: object, count: int) -> Texts:
 @torch.no_grad()
 def distances(model: PreTrainedModel, ratio: float, scale: Scale) -> tuple[float, float]:
     """Mean over the projections of |W - W^| / |W|, by dense-sparse factors and by SVD of the same bytes."""
-    ours = DSFormer(ratio=ratio, train="never", rounds={"smoke": 1, "full": 8}[scale])
+    ours = DSFormer(ratio=ratio, train="never", rounds=ROUNDS[scale])
     ours.start(model)
     mine, its = [], []
     for site in sites(model):
@@ -104,7 +104,7 @@ def accuracies(encoder: PreTrainedModel, task: Task, scale: Scale, seed: int) ->
     adopt(model)
     data = Data(task=task, kind="text-classification", settings=replace(settings, steps=FURTHER[scale]), seed=seed)
     recode = max(1, FURTHER[scale] // 4)  # coding all rows of MiniLM takes seconds
-    start, factors = copy.deepcopy(model), DSFormer(ratio=RATIOS[-1], recode=recode)
+    start, factors = copy.deepcopy(model), DSFormer(ratio=RATIOS[-1], rounds=ROUNDS[scale], recode=recode)
     seeded(seed)
     factors.start(start)
     found = {}
