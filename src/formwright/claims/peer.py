@@ -9,9 +9,9 @@ Here   A byte model of two layers and width 64, every feed-forward layer replace
        16^2, 64^2 or 128^2 experts of one neuron.
 Fair   The dense layer and the mixture (8 experts, each token to its best one) have the widths that give them the FLOPs
        of PEER with 128^2 experts, queries, keys and router included. Same text, order and steps; every arm gets the
-       better of two learning rates, a factor of 3 apart, by validation text. Experts start as their papers' layers do,
-       the dense layer and all else by the model's scheme. Parameters are not equal: that they come without compute is
-       the claim.
+       better of two learning rates, a factor of 3 apart, by validation text. All matrices start at the scale of what
+       they read (init fan-in), as experts do: at a smaller one the dense layer learns far more slowly. Parameters are
+       not equal: that they come without compute is the claim.
 Rule   loss = nats a byte of the test text.
        holds                in every seed PEER with 128^2 experts is below the dense layer and below the mixture, and a
                             paired t-test says so of each (p < 0.05)
@@ -98,7 +98,7 @@ def trained(arm: str, scale: Scale, seed: int) -> tuple[float, TransformerForCau
     task, tried = text(scale), []
     for rate in RATES[scale]:
         seeded(seed)
-        config = {**task.defaults.model, **task.model_config, **ARMS[arm]}
+        config = {**task.defaults.model, **task.model_config, **ARMS[arm], "init": "fan-in"}
         model = TransformerForCausalLM(TransformerConfig(**config))
         settings = Settings(
             steps=STEPS[scale], batch_size=16, learning_rate=rate, weight_decay=0.1, betas=(0.9, 0.95), seed=seed
