@@ -6,9 +6,9 @@ import torch
 from formwright.claims import Outcome, deebert, ltp
 
 
-def exits(saved=0.35, drop=0.005, accuracy=0.8, random=0.78, fixed=0.79):
+def exits(saved=0.35, drop=0.005, accuracy=0.8, random=0.78, fixed=0.79, whole=0.8):
     measured = {"saved": saved, "drop": drop, "accuracy": accuracy}
-    return Outcome(scale="full", seed=0, measured=measured, baseline={"random": random, "fixed": fixed})
+    return Outcome(scale="full", seed=0, measured=measured, baseline={"random": random, "fixed": fixed, "whole": whole})
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ def exits(saved=0.35, drop=0.005, accuracy=0.8, random=0.78, fixed=0.79):
         ([exits(drop=0.02)], "does not hold here"),
         ([exits(random=0.81)], "does not hold here"),
         ([exits(saved=-0.1)], "does not hold here"),
+        ([exits(), exits(whole=0.5)], "does not hold here"),
     ],
 )
 def test_exits_must_save_time_and_beat_random_and_fixed_ones(outcomes, wanted):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from formwright.ops import linear as module
 from formwright.ops.linear import linear, project
@@ -84,3 +85,11 @@ def test_a_layer_that_is_watched_or_another_runs_by_itself(monkeypatch) -> None:
     hook.remove()
     monkeypatch.setattr(module, "linear", lambda *_: pytest.fail("It is no plain layer."))
     assert project(nn.Identity(), x) is x
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_its_operations_are_counted() -> None:
+    x, weight = torch.randn(256, 128, requires_grad=True), torch.randn(128, 128, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 256 * 128 * 128

@@ -29,7 +29,7 @@ from formwright.training.settings import Settings
 Match = Literal["params", "flops", "none"]
 Value = Spec | int | float | bool | None | Sequence[Spec]
 
-SLOTS = ("mixer", "position", "feedforward", "norm", "block", "init")
+SLOTS = ("mixer", "position", "feedforward", "norm", "block", "init", "embedding", "sharing")
 WIDTHS = ("hidden_size", "intermediate_size")
 SWEEP = 0.25  # of the steps, for each learning rate of a sweep
 ROUNDS = 15  # of interleaved timing

