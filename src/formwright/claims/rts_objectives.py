@@ -6,9 +6,10 @@ Paper  Abstract: RTS and C-RTS as good as MLM at lower cost, SLM better than MLM
 Here   An encoder of width 64 and depth 2 on words (8,000), pre-trained on IMDb reviews cut to 128 tokens, then
        fine-tuned on 500 of them with labels, read on 4,000 test reviews.
 Fair   Every objective gets the same processor time, measured on one thread: its steps are MLM's time over its own time
-       a step. The large head of MLM, SLM and ELECTRA's generator runs on the chosen tokens alone. Every objective takes
-       the pre-training rate with the lower loss of its own after a quarter of its steps, and the fine-tuning rate with
-       the higher accuracy on reviews set aside. All start from the same weights; "none" is not pre-trained.
+       a step, the least of three turns. The large head of MLM, SLM and ELECTRA's generator runs on the chosen tokens
+       alone. Every objective takes the pre-training rate with the lower loss of its own after a quarter of its steps,
+       and the fine-tuning rate with the higher accuracy on reviews set aside. All start from the same weights; "none"
+       is not pre-trained.
 Rule   speed = steps a second of RTS over those of MLM, and of ELECTRA.
        holds                in every seed both are 1.2 or more
        holds in direction   both means are above 1
@@ -45,7 +46,7 @@ TUNED = {"smoke": 3, "full": 80}
 RATES = {"smoke": (2e-3,), "full": (1e-3, 4e-3)}
 TUNING_RATES = {"smoke": (1e-3,), "full": (5e-4, 2e-3)}
 BATCH = {"smoke": 8, "full": 32}
-TIMED = {"smoke": 6, "full": 16}
+TIMED, TURNS = {"smoke": 6, "full": 12}, {"smoke": 1, "full": 3}
 SEEDS = (0, 1, 2)
 
 
@@ -66,7 +67,8 @@ class Clock(Method):
 
 def run(scale: Scale, seed: int) -> Outcome:
     task = tasks.load(TASK[scale])
-    cost = {arm: seconds(arm, task, scale, seed) for arm in ARMS}
+    taken = [{arm: seconds(arm, task, scale, seed) for arm in ARMS} for _ in range(TURNS[scale])]
+    cost = {arm: min(turn[arm] for turn in taken) for arm in ARMS}
     steps = {arm: max(4, round(STEPS[scale] * cost["mlm"] / cost[arm])) for arm in ARMS}
     measured = {
         "speed over mlm": cost["mlm"] / cost["rts"],
